@@ -1,0 +1,169 @@
+"""Toy scenes: small colour pictures with exact captions, drawn from a seed.
+
+One to three objects (shape x colour x size) stand in different quarters of a textured two-colour gradient. Every scene
+has a short noisy alt-text, as the web would, and a dense caption that says everything, as a captioning model would:
+
+    alt-text    "red star.jpg"
+    synthetic   "top left a large red star, bottom right a small blue ring"
+
+Eight of the 64 shape-colour pairs are *novel*: they never occur in `train` and `val`, and every scene of the split
+`novel` has one of them. A model that names them has composed, not remembered.
+
+    python data/scenes.py --out=data/scenes --train=20000         (train.py does this on the first toy run)
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file sees the package beside its folder
+from nano_aimv2.shards import ShardWriter  # noqa: E402
+
+COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (250, 225, 40), "green": (30, 160, 50),
+           "cyan": (40, 205, 225), "blue": (30, 60, 210), "purple": (130, 40, 170), "pink": (250, 130, 190)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+SIZES = {"small": (0.125, 0.145), "large": (0.20, 0.225)}  # radius, as a fraction of the image
+PLACES = {"top left": (0.25, 0.25), "top right": (0.75, 0.25), "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}
+SPLITS = ("train", "val", "novel")
+NOVEL_PAIRS = tuple((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))  # each shape, each colour once
+SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in NOVEL_PAIRS)
+OVERSAMPLING = 4  # masks are drawn so many times larger and averaged: smooth edges
+
+
+@cache
+def outline(shape):
+    """Corner points f64[K, 2] of a shape of about radius 1 around the origin, y downwards."""
+    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    if shape == "heart":
+        x, y = 16 * np.sin(turn) ** 3, 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) - 13 * np.cos(turn)
+        return np.stack([x, y], axis=1) / 15
+    if shape == "cross":
+        w = 0.36
+        arm = np.array([(-w, -w), (-w, -1), (w, -1)])  # the arm that points up, then turned by quarters
+        return 1.1 * np.concatenate([turned(arm, k * np.pi / 2) for k in range(4)])
+    corners = {"square": (4, 1.1, np.pi / 4), "triangle": (3, 1.2, -np.pi / 2), "star": (10, 1.25, -np.pi / 2)}
+    count, radius, start = corners.get(shape, (40, 1.0, 0.0))
+    angle = start + np.arange(count) * 2 * np.pi / count
+    radius = np.where(np.arange(count) % 2, 0.5, radius) if shape == "star" else radius
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def turned(points, angle):
+    c, s = np.cos(angle), np.sin(angle)
+    return points @ np.array([[c, s], [-s, c]])
+
+
+def draw_background(width, height, rng):
+    """A two-colour gradient with stripes and grain: f64[height, width, 3] in 0..255. Muted, so that objects stand out."""
+    x, y = np.arange(width) / width - 0.5, (np.arange(height) / height - 0.5)[:, None]
+    first, second = rng.uniform(60, 195, (2, 1)) + rng.uniform(-40, 40, (2, 3))
+    angle, steepness = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.1)
+    t = np.clip(0.5 + steepness * (np.cos(angle) * x + np.sin(angle) * y), 0, 1)
+    angle, waves, phase = rng.uniform(0, 2 * np.pi), rng.uniform(25, 60), rng.uniform(0, 2 * np.pi)
+    texture = rng.uniform(0, 9) * np.sin(waves * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+    texture += rng.normal(0, 4, (height, width))
+    return first + t[..., None] * (second - first) + texture[..., None]
+
+
+def draw_object(image, place, size, colour, shape, rng):
+    """Paint one object into `image` f64[H, W, 3], with its own place, radius, turn and ink within what the words allow."""
+    height, width = image.shape[:2]
+    radius = rng.uniform(*SIZES[size]) * min(width, height)
+    x, y = (np.array(PLACES[place]) + rng.uniform(-0.04, 0.04, 2)) * (width, height)
+    turn, k = rng.uniform(-0.3, 0.3), OVERSAMPLING
+    reach = int(1.4 * radius) + 1  # the mask covers a square around the object only
+    left, top = int(x) - reach, int(y) - reach
+    centre = np.array([x - left, y - top])
+    mask = Image.new("L", (2 * reach * k,) * 2)
+    pen = ImageDraw.Draw(mask)
+    points = turned(outline(shape), turn) * radius
+    pen.polygon(((points + centre) * k).ravel().tolist(), fill=255)
+    if shape == "ring":
+        pen.polygon(((points * 0.55 + centre) * k).ravel().tolist(), fill=0)
+    if shape == "moon":
+        bite = turned(np.array([[0.55, 0.0]]), turn) * radius
+        pen.polygon(((points * 0.85 + bite + centre) * k).ravel().tolist(), fill=0)
+    alpha = np.asarray(mask.reduce(k))[..., None] / 255.0
+    ink = np.array(COLOURS[colour]) + rng.normal(0, 12, 3)
+    box = slice(max(0, top), top + 2 * reach), slice(max(0, left), left + 2 * reach)
+    alpha = alpha[max(0, -top) :, max(0, -left) :][: image[box].shape[0], : image[box].shape[1]]
+    image[box] += alpha * (ink - image[box])
+
+
+def draw_objects(split, rng):
+    """What is in a scene: [(place, size, colour, shape)] in reading order."""
+    count = rng.integers(1, 4)
+    places = np.sort(rng.permutation(len(PLACES))[:count])
+    pairs = [SEEN_PAIRS[i] for i in rng.integers(len(SEEN_PAIRS), size=count)]
+    if split == "novel":
+        pairs[rng.integers(count)] = NOVEL_PAIRS[rng.integers(len(NOVEL_PAIRS))]
+    sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=count)]
+    return [(list(PLACES)[place], size, colour, shape)
+            for place, size, (shape, colour) in zip(places, sizes, pairs, strict=True)]
+
+
+def dense_caption(objects):
+    """Everything there is to say: 'top left a large red star, bottom right a small blue ring'."""
+    return ", ".join(f"{place} a {size} {colour} {shape}" for place, size, colour, shape in objects)
+
+
+def alt_text(objects, rng):
+    """What the web would say: a word or two about one object, a file name, or nothing much."""
+    _, size, colour, shape = objects[rng.integers(len(objects))]
+    forms = (shape, f"{colour} {shape}", f"{colour} thing", f"{size} {shape}", f"{shape}.jpg", f"my {shape} drawing",
+             f"IMG_{rng.integers(10000):04d}", f"{colour} and more", f"picture of {shape}s", "shapes :)")
+    return forms[rng.integers(len(forms))]
+
+
+def make_scene(split, index, size=48, seed=0):
+    """Scene number `index` of a split: (pixels u8[size, size, 3], alt-text, dense caption, objects)."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    objects = draw_objects(split, rng)
+    image = draw_background(size, size, rng)
+    for place, extent, colour, shape in objects:
+        draw_object(image, place, extent, colour, shape, rng)
+    return image.round().clip(0, 255).astype(np.uint8), alt_text(objects, rng), dense_caption(objects), objects
+
+
+def encoded_scene(address):
+    """(split, index, size, seed) -> (key, PNG bytes, alt-text, metadata)."""
+    pixels, alt, dense, objects = make_scene(*address)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return f"{address[0]}_{address[1]:06d}", file.getvalue(), alt, {"synthetic": [dense], "objects": objects}
+
+
+def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0):
+    """Write the three splits as shards under `out`. A run that is interrupted leaves no folder of that name."""
+    out, temporary = Path(out), Path(f"{out}.{os.getpid()}.tmp")
+    counts = dict(zip(SPLITS, (train, val, novel), strict=True))
+    try:
+        with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool, \
+                tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}") as bar:
+            for split, count in counts.items():
+                with ShardWriter(temporary / split) as writer:
+                    addresses = ((split, i, size, seed) for i in range(count))
+                    for key, image, alt, metadata in pool.imap(encoded_scene, addresses, chunksize=64):
+                        writer.write(key, image, "png", alt, metadata)
+                        bar.update()
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the toy set.", allow_abbrev=False)
+    parser.add_argument("--out", default="data/scenes", help="folder to write (replaced if it exists)")
+    for name, default in (("train", 20_000), ("val", 512), ("novel", 512), ("size", 48), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    make_scenes(**vars(parser.parse_args()))

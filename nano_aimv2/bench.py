@@ -1,0 +1,239 @@
+"""Bench: how fast, in numbers that can be compared.
+
+    python -m nano_aimv2.bench                 # a training step, float32 and default precision, and captioning
+    python -m nano_aimv2.bench --data          # the data loader against a bare Pillow loop over the same files
+    python -m nano_aimv2.bench --step --preset=large --batch_size=64 --device=cuda      # any preset's training step
+
+Times of shared machines drift, so a step is also printed in the time of one 1536 x 1536 x 1536 float32 matmul taken in
+the same process ("in matmuls"), and everything that is compared is measured in one run.
+"""
+
+import io
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from nano_aimv2 import distributed
+from nano_aimv2.config import Config
+from nano_aimv2.data import Batch, TrainingData, make_loader
+from nano_aimv2.generate import decode_words
+from nano_aimv2.images import crop_box
+from nano_aimv2.metrics import peak_flops, train_flops
+from nano_aimv2.model import AIMv2
+from nano_aimv2.optim import make_optimizer
+from nano_aimv2.prefix_mask import step_prefix_len
+from nano_aimv2.shards import ShardWriter
+from nano_aimv2.tokenizer import Tokenizer
+
+# The small model on which Apple's released training code takes 30 matmuls a step in float32 and 22 in bf16 (Zen 4, 2 cores).
+SMALL = dict(image_size=64, patch_size=8, embed_dim=192, num_blocks=6, num_heads=3, decoder_dim=192, decoder_blocks=4,
+             decoder_heads=3, vocab_size=512, max_tokens=33, batch_size=64, positions="learned")
+
+
+def seconds(action, device, repeats=10, warm_up=2):
+    """Median seconds of `action()`."""
+    times = []
+    for i in range(warm_up + repeats):
+        wait(device)
+        begin = time.perf_counter()
+        action()
+        wait(device)
+        if i >= warm_up:
+            times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_seconds():
+    """The unit: one 1536 x 1536 x 1536 float32 matmul on the CPU."""
+    a = torch.randn(1536, 1536)
+    return seconds(lambda: a @ a, torch.device("cpu"))
+
+
+def full_batch(config, size):
+    """Random pixels and captions that fill their length: the most work that a batch can be."""
+    side = config.image_size // config.patch_size
+    T = config.max_tokens
+    return Batch(torch.randint(256, (size, side * side, config.patch_dim), dtype=torch.uint8),
+                 torch.full((size, 2), side), torch.randint(config.vocab_size, (size, T)), torch.full((size,), T),
+                 slice(0, size), size)
+
+
+def bench_step(config, settings):
+    """Forward, losses, backward, clip and AdamW: prints ms, matmuls, images/s, GFLOP/s and peak memory."""
+    runtime = distributed.start(**settings)
+    torch.manual_seed(0)
+    model = AIMv2(config)
+    trained = distributed.parallelize(model, runtime)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta_1, config.beta_2))
+    batch = full_batch(config, config.batch_size)
+    num_patches = batch.grid.prod(dim=1)
+    prefix_len = step_prefix_len(num_patches, 0, 0, batch.rows, batch.global_size)
+    image_count, text_count = int((num_patches - prefix_len).sum()), int(batch.num_tokens.sum())
+    batch, prefix_len = batch.to(runtime.device), prefix_len.to(runtime.device)
+
+    def step():
+        with runtime.autocast():
+            loss = trained(batch, prefix_len).total(config.alpha, image_count, text_count)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    s = seconds(step, runtime.device)
+    size, area, length = *batch.patches.shape[:2], batch.tokens.shape[1]
+    flops = size * train_flops(config, area, length, image_count / size, text_count / size)
+    parameters = sum(p.numel() for p in model.parameters())
+    if runtime.device.type == "cuda":
+        memory, unit = torch.cuda.max_memory_allocated() / 2**30, ""
+        peak = peak_flops(runtime.device)
+        speed = f"{flops / s / 1e12:.1f} TFLOP/s" + (f", MFU {flops / s / peak:.1%}" if peak else "")
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        unit, speed = f"{s / matmul_seconds():6.1f} matmuls ", f"{flops / s / 1e9:.0f} GFLOP/s"
+    name = str(runtime.dtype).removeprefix("torch.")
+    print(f"  {parameters / 1e6:8.2f}M {name:9s} {s * 1e3:8.1f} ms {unit}{size / s:8.1f} images/s  {flops / 1e9:.1f} GFLOP, "
+          f"{speed}  {memory:.2f} GiB", flush=True)
+
+
+def bench_captions(settings):
+    """Greedy decoding after 65 positions (64 patches and BOS), 64 new tokens, decoder 4 x 192: tokens/s."""
+    runtime = distributed.start(**settings)
+    config = Config.from_preset("toy", **{**SMALL, "max_tokens": 64})
+    model = AIMv2(config).to(runtime.device).eval()
+    print("captioning, decoder 4 x 192, 65 positions read, 64 tokens written: tokens/s")
+    for size in (1, 8):
+        batch = full_batch(config, size).to(runtime.device)
+
+        class NeverEnds:  # a tokenizer for random weights: no id is EOS
+            eos, vocab_size = -1, config.vocab_size
+
+        def run(cached, batch=batch, tokenizer=NeverEnds):
+            with torch.inference_mode():
+                decode_words(model, batch.patches, batch.grid, [], 64, tokenizer, cached, lambda logits: logits.argmax(dim=-1))
+
+        features = torch.randn(size, 64, config.embed_dim, device=runtime.device)
+        rates = {"bare loop": lambda f=features: bare_loop(model.decoder, f, 64), "cached": lambda: run(True),
+                 "uncached": lambda: run(False)}
+        rates = {name: 64 * size / seconds(action, runtime.device, 5, 1) for name, action in rates.items()}
+        print(f"  batch {size}: bare loop {rates['bare loop']:.0f}, cached {rates['cached']:.0f} (encoder included; "
+              f"{rates['cached'] / rates['bare loop']:.2f} of the bare loop), uncached {rates['uncached']:.0f} "
+              f"(cached is {rates['cached'] / rates['uncached']:.1f} times faster)", flush=True)
+
+
+@torch.inference_mode()
+def bare_loop(decoder, features, count):
+    """The least that greedy decoding needs, as a yardstick: functional calls on a preallocated cache, nothing checked."""
+    blocks, heads = decoder.trunk.blocks, decoder.trunk.blocks[0].attn.num_heads
+    B, n, D = features.shape
+    hd = D // heads
+    cache = torch.empty(len(blocks), 2, B, heads, n + 1 + count, hd)
+
+    def norm(x, layer):
+        return F.rms_norm(x, (D,), layer.weight, 1e-5)
+
+    def trunk(x, start):
+        N = x.shape[1]
+        for i, block in enumerate(blocks):
+            q, k, v = block.attn.qkv(norm(x, block.norm_1)).view(B, N, 3, heads, hd).permute(2, 0, 3, 1, 4)
+            cache[i, 0, :, :, start : start + N], cache[i, 1, :, :, start : start + N] = k, v
+            a = F.scaled_dot_product_attention(q, cache[i, 0, :, :, : start + N], cache[i, 1, :, :, : start + N],
+                                               is_causal=N > 1)
+            x = x + block.attn.proj(a.transpose(1, 2).reshape(B, N, D))
+            h = norm(x, block.norm_2)
+            x = x + block.mlp.fc2(F.silu(block.mlp.fc1(h)) * block.mlp.fc3(h))
+        return decoder.text_head(norm(x[:, -1], decoder.trunk.post_trunk_norm)).argmax(dim=-1)
+
+    bos = (decoder.bos + decoder.text_positions[0]).expand(B, 1, D)
+    token = trunk(torch.cat([decoder.connector(features), bos], dim=1), 0)
+    for t in range(1, count):
+        token = trunk((decoder.token_embed(token) + decoder.text_positions[t])[:, None], n + t)
+    return token
+
+
+def bench_data(count=1200, workers=2):
+    """The loader alone, 500 x 375 JPEGs to 224 px crops, against a bare decode-and-resize loop in as many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        with ShardWriter(Path(folder) / "train") as writer:
+            for i in range(count):
+                small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+                file = io.BytesIO()
+                small.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+                writer.write(f"{i:06d}", file.getvalue(), "jpg", "a picture of coloured clouds", {})
+                (Path(folder) / f"{i:06d}.jpg").write_bytes(file.getvalue())
+        config = Config.from_preset("toy", data=f"{folder}:alt:1", image_size=224, patch_size=14, crop_scale=0.4, batch_size=40,
+                                    steps=count // 40)
+        files = sorted(map(str, Path(folder).glob("*.jpg")))
+        rates = {"bare loop": [], "loader": []}
+        for _ in range(3):
+            begin = time.perf_counter()
+            with multiprocessing.get_context("fork").Pool(workers) as pool:
+                for _ in pool.imap_unordered(bare_decode, files, chunksize=40):
+                    pass
+            rates["bare loop"].append(count / (time.perf_counter() - begin))
+            data = TrainingData(config, Tokenizer(config.tokenizer))
+            begin = time.perf_counter()
+            for _ in make_loader(data, 0, workers, pin=False):
+                pass
+            rates["loader"].append(count / (time.perf_counter() - begin))
+    bare, loader = median(rates["bare loop"]), median(rates["loader"])
+    print(f"data, {count} JPEGs of 500 x 375 to 224 px crops, {workers} processes: bare Pillow loop {bare:.0f} images/s, "
+          f"loader {loader:.0f} ({loader / bare:.2f} of it)")
+
+
+def bare_decode(path):
+    """What no loader can do without: decode, cut, resize."""
+    rng = np.random.default_rng(int(Path(path).stem))
+    image = Image.open(path)
+    box = crop_box(*image.size, 0.4, rng)
+    return np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC, box=box)).sum()
+
+
+def apart(function, *args):
+    """Run in a process of its own: its peak memory and its allocator are then nobody else's."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
+
+
+def main(argv):
+    if "--help" in argv:
+        print(__doc__)
+        return
+    modes = [flag for flag in argv if flag in ("--step", "--data", "--captions")]
+    config = Config.from_flags([*(f"--{k}={v}" for k, v in SMALL.items() if not any(a.startswith("--preset=") for a in argv)),
+                                *(flag for flag in argv if flag not in modes)])
+    settings = {"device": config.device, "compile": config.compile}
+    if not modes or "--step" in modes:
+        print(f"training step, encoder {config.embed_dim} x {config.num_blocks}, decoder {config.decoder_dim} x "
+              f"{config.decoder_blocks}, {config.image_size} px, patch {config.patch_size}, batch {config.batch_size}, "
+              f"{torch.get_num_threads()} threads")
+        for dtype in dict.fromkeys(("float32", config.dtype)):
+            apart(bench_step, config, {**settings, "dtype": dtype})
+    if not modes or "--captions" in modes:
+        apart(bench_captions, {**settings, "dtype": "float32"})
+    if "--data" in modes:
+        bench_data()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench: {error}")

@@ -1,0 +1,91 @@
+"""Evaluate: losses on held-out pairs under prefixes from a fixed seed, and how many captions are exactly right.
+
+With full attention no image target is left (and a released trainer reports 0/0): validation draws prefixes like training
+does, always the same ones.
+
+Lesson: 08.
+"""
+
+import torch
+
+from nano_aimv2.data import open_sources, pick_caption, read_in_order
+from nano_aimv2.generate import caption
+from nano_aimv2.prefix_mask import step_prefix_len
+
+EVAL_SEED = 20_241_121
+
+
+class Evaluation:
+    """Held-out images in memory: `count` of a source, read once. `batches` of Batch; `captions` as they are written."""
+
+    def __init__(self, source, config, tokenizer, count, batch_size=64):
+        self.config, self.tokenizer = config, tokenizer
+        self.batches, self.captions, self.samples = [], [], []
+        for batch, samples in read_in_order(source, config, tokenizer, count, batch_size):
+            self.batches.append(batch)
+            self.samples += samples
+            self.captions += [pick_caption(source, sample) for sample in samples]
+        if not self.batches:
+            raise ValueError(f"{source.path}: none of its {len(source.shards)} samples has a readable image and a "
+                             f"{source.kind} caption")
+        self.skipped = [line for batch in self.batches for line in batch.skipped]
+
+    @torch.no_grad()
+    def losses(self, model, runtime):
+        """(text loss in nats a token, image loss) of the whole set, every rank doing its rows of every batch."""
+        sums = [0.0] * 4
+        for i, batch in enumerate(self.batches):
+            prefix_len = step_prefix_len(batch.grid.prod(dim=1), EVAL_SEED, i, batch.rows, batch.global_size)
+            mine = rows_of_rank(batch, runtime)
+            with runtime.autocast():
+                out = model(take(batch, mine).to(runtime.device), prefix_len[mine].to(runtime.device))
+            for k, value in enumerate((out.text_sum, out.text_count, out.image_sum, out.image_count)):
+                sums[k] += float(value)
+        text_sum, text_count, image_sum, image_count = runtime.sum(*sums)
+        return text_sum / text_count, image_sum / image_count
+
+    @torch.no_grad()
+    def greedy(self, model, runtime):
+        """The greedy caption of every image, as text, by one process alone."""
+        texts = []
+        for batch in self.batches:
+            with runtime.autocast():
+                found = caption(model, batch.patches.to(runtime.device), batch.grid.to(runtime.device), self.tokenizer)
+            texts += [c.text for c in found]
+        return texts
+
+    def exact(self, model, runtime):
+        """The share of images whose greedy caption is the written one, letter for letter."""
+        texts = self.greedy(model, runtime)
+        return sum(a == b for a, b in zip(texts, self.captions, strict=True)) / len(texts)
+
+
+def rows_of_rank(batch, runtime):
+    """This rank's rows of an evaluation batch, as a slice. Batches smaller than the world are read by every rank."""
+    size = len(batch.patches)
+    if size < runtime.world:
+        return slice(0, size)
+    return slice(size * runtime.rank // runtime.world, size * (runtime.rank + 1) // runtime.world)
+
+
+def take(batch, rows):
+    """Some rows of a batch, as a batch."""
+    return type(batch)(batch.patches[rows], batch.grid[rows], batch.tokens[rows], batch.num_tokens[rows], batch.rows,
+                       batch.global_size)
+
+
+def held_out_sources(config):
+    """What to validate on: {name: Source}, empty if there is nothing.
+
+    `val_data` if it is given, else the folder `val` of the first source (and `novel`, which the toy set has); captions of
+    the kind that has the largest weight.
+    """
+    from pathlib import Path
+
+    from nano_aimv2.data import parse_mixture
+
+    if config.val_data:
+        return {"val": open_sources(config.val_data, "val")[0]}
+    heaviest = max(parse_mixture(config.data), key=lambda source: source.weight)
+    return {split: open_sources(f"{heaviest.path}:{heaviest.kind}:1", split)[0]
+            for split in ("val", "novel") if (Path(heaviest.path) / split).is_dir()}

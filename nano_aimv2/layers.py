@@ -1,0 +1,148 @@
+"""Layers: the transformer block that encoder and decoder share.
+
+Pre-norm: `x += Attention(RMSNorm(x)); x += SwiGLU(RMSNorm(x))`, no biases, no dropout. A trunk is a stack of blocks and
+a final RMSNorm. What makes a trunk an encoder or a decoder is only the mask that it is given.
+
+For generation, attention can keep the keys and values of the past in a `KVCache`: a new element then costs one row of
+attention instead of a whole forward pass. That is exact wherever the past does not look ahead (lesson 09).
+
+Source: paper section 3 (SwiGLU, RMSNorm); names as in Apple's released weights. Lesson: 03.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORM_EPS = 1e-5
+WRITTEN_OUT = 160  # up to this many keys, a CPU trains faster without the fused attention kernel
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm with its gradient worked out by hand: eager autograd would walk through memory twice as often."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, weight = ctx.saved_tensors
+        unit = x * scale  # what the weight multiplied
+        product = grad * unit
+        slope = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        return (grad * weight).sub_(unit.mul_(slope)).mul_(scale), product.flatten(0, -2).sum(0)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return RMSNormFunction.apply(x, self.weight)
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)  # one fused kernel on GPUs
+
+
+class KVCache:
+    """Room for the keys and values of one attention layer: f[B, heads, capacity, head dim], filled from the left."""
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.length = 0
+        self.k = self.v = None
+
+    def append(self, k, v):
+        """Store k, v f[B, heads, new, head dim] behind the past; return all of it, past and new."""
+        if self.k is None:
+            self.k, self.v = (t.new_empty(*t.shape[:2], self.capacity, t.shape[3]) for t in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+def attend(q, k, v, bias, causal):
+    """softmax(q k^T / sqrt(head dim) + bias) v: q f[B, heads, N, hd], k and v f[B, heads, K, hd] -> f[B, heads, N, hd].
+
+    On a CPU, short sequences are trained fastest with the formula written out, and bf16 pays in the linear layers only.
+    """
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            if torch.is_grad_enabled() and k.shape[2] <= WRITTEN_OUT:
+                if causal:
+                    bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
+                scores = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5)
+                return (scores if bias is None else scores.add_(bias)).softmax(dim=-1) @ v
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+
+
+def mask_to_bias(can_attend):
+    """bool -> float32: 0 where True, -inf where False."""
+    return torch.zeros(can_attend.shape, device=can_attend.device).masked_fill_(~can_attend, float("-inf"))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without biases, scale 1/sqrt(head dim)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x, bias=None, causal=False, cache=None):
+        """x f[B, N, D], bias f[B, 1, N, K] or None -> f[B, N, D]."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, hd]
+        if cache is not None:
+            k, v = cache.append(k, v)
+        x = attend(q, k, v, bias, causal)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP: fc2(silu(fc1 x) * fc3 x), without biases."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.fc3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, hidden_dim):
+        super().__init__()
+        self.norm_1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm_2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim, hidden_dim)
+
+    def forward(self, x, bias=None, causal=False, cache=None):
+        x = x + self.attn(self.norm_1(x), bias, causal, cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Trunk(nn.Module):
+    """A stack of blocks under one mask, then the final norm. forward(x f[B, N, D], ...) -> f[B, N, D]."""
+
+    def __init__(self, dim, num_blocks, num_heads, hidden_dim):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, hidden_dim) for _ in range(num_blocks))
+        self.post_trunk_norm = RMSNorm(dim)
+
+    def forward(self, x, can_attend=None, causal=False, caches=None):
+        bias = None if can_attend is None else mask_to_bias(can_attend)
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias, causal, caches[i] if caches else None)
+        return self.post_trunk_norm(x)

@@ -1,0 +1,57 @@
+"""Losses: what the next patch and the next word cost, each as a sum and a count.
+
+A mean is only taken once, after sums and counts of all micro-batches and ranks have been added up: then a batch gives
+the same gradient however it is split. (A mean of means does not: a caption of 3 tokens would weigh as much as one of 30.)
+
+    total = text_sum / text_count + alpha * image_sum / image_count        (alpha = 0.4)
+
+Way: decoder states -> **(sum, count)** -> gradient. Source: paper section 2.1, Table 9c. Lesson: 05.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100  # a text target that is padding
+
+
+@dataclass
+class Losses:
+    """Sums over this micro-batch (0-d tensors with gradient) and how many things were summed."""
+
+    image_sum: torch.Tensor  # over target patches, of the mean squared error within the patch
+    image_count: torch.Tensor  # target patches
+    text_sum: torch.Tensor  # over caption tokens and EOS, of the cross-entropy in nats
+    text_count: torch.Tensor  # target tokens
+    stats_sum: torch.Tensor  # over target patches, of the statistics head's error; its gradient reaches that head only
+
+    def total(self, alpha, image_count, text_count):
+        """The objective, divided by counts summed over the *global* batch. Raises ValueError on an empty target set."""
+        if not (image_count > 0 and text_count > 0):
+            raise ValueError(f"{int(image_count)} target patches and {int(text_count)} target tokens in the batch; both "
+                             "must be at least 1: draw prefixes below n, and give every image a caption")
+        image = (alpha * self.image_sum + self.stats_sum) / image_count
+        return self.text_sum / text_count + image
+
+
+def image_loss(predicted, target):
+    """Squared error on normalised patches, mean within a patch, sum over patches: f[K, P] twice -> (sum, count K)."""
+    error = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1)
+    return error.sum(), torch.tensor(len(error))
+
+
+def text_loss(logits, target):
+    """Cross-entropy in float32: logits f[K, V], target i64[K] -> (sum in nats, count K)."""
+    return F.cross_entropy(logits.float(), target, reduction="sum"), torch.tensor(len(target))
+
+
+def stats_loss(predicted, mean, std):
+    """Our patch statistics: predicted f[K, 2] (mean, log std) against mean, std f[K, 1] -> sum of squared errors."""
+    return F.mse_loss(predicted.float(), torch.cat([mean, std.log()], dim=-1).float(), reduction="sum")
+
+
+def text_targets(tokens, num_tokens):
+    """tokens i64[B, T], num_tokens i64[B] (EOS included) -> i64[B, T] with IGNORE on the padding."""
+    t = torch.arange(tokens.shape[1], device=tokens.device)
+    return tokens.masked_fill(t >= num_tokens[:, None], IGNORE)

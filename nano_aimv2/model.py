@@ -1,0 +1,73 @@
+"""AIMv2: encoder under a prefix mask, one causal decoder over image and text, two losses.
+
+The whole forward pass is one method. The one addition to the paper is ours: a *patch statistics head* that predicts the
+next patch's mean and log-deviation. The paper's targets are normalised, so a generated patch would have neither; the
+head reads **detached** states, so the paper's objective never feels it (see `generate.complete`).
+
+Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code. Lessons: 03 to 05.
+"""
+
+from torch import nn
+
+from nano_aimv2.decoder import Decoder
+from nano_aimv2.encoder import Encoder
+from nano_aimv2.losses import IGNORE, Losses, image_loss, stats_loss, text_loss, text_targets
+from nano_aimv2.patchify import normalize_patches, pixels_to_float
+from nano_aimv2.prefix_mask import is_image_target
+
+
+class AIMv2(nn.Module):
+    """`AIMv2(config)`; `.encoder` is what you keep, `.decoder` is what trains it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier-uniform for the linear layers (q, k and v each by itself), small normals for tables and heads."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
+                    nn.init.xavier_uniform_(part)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.config.positions == "learned":
+            nn.init.normal_(self.encoder.positions.table, std=0.02)
+        decoder = self.decoder
+        nn.init.normal_(decoder.text_positions, std=0.01)
+        nn.init.normal_(decoder.token_embed.weight, std=0.02)
+        nn.init.normal_(decoder.bos, std=0.02)
+        head_std = ((1 + self.config.decoder_blocks) * self.config.decoder_dim) ** -0.5
+        for head in (decoder.pixel_head, decoder.text_head):
+            nn.init.trunc_normal_(head.weight, std=head_std)
+        nn.init.zeros_(decoder.stats_head.weight)
+
+    def forward(self, batch, prefix_len):
+        """One training pass.
+
+        Args:
+            batch: patches u8[B, A, P], grid i64[B, 2], tokens i64[B, T] (EOS included), num_tokens i64[B].
+            prefix_len: i64[B], M in 1 .. n-1.
+        Returns: Losses, sums and counts of this batch.
+        """
+        config, decoder = self.config, self.decoder
+        patches = pixels_to_float(batch.patches, config.pixel_mean, config.pixel_std)  # f[B, A, P]
+        num_patches = batch.grid.prod(dim=1)  # n, i64[B]
+        features = self.encoder(patches, batch.grid, prefix_len)  # f[B, A, De]
+        image_states, text_states = decoder(features, num_patches, batch.tokens[:, :-1])  # f[B, A, Dd], f[B, T, Dd]
+
+        # State j predicts patch j+1. Only rows that have a target reach the heads.
+        is_target = is_image_target(prefix_len, num_patches, patches.shape[1])  # bool[B, A], never True at patch 0
+        states = image_states[:, :-1][is_target[:, 1:]]  # f[K, Dd]
+        target, mean, std = normalize_patches(patches[is_target])  # f[K, P], f[K, 1], f[K, 1]
+        image_sum, image_count = image_loss(decoder.pixel_head(states), target)
+        stats_sum = stats_loss(decoder.stats_head(states.detach()), mean, std)
+
+        # Text state t predicts token t: BOS the first, the last word EOS.
+        target = text_targets(batch.tokens, batch.num_tokens)  # i64[B, T]
+        is_text = target != IGNORE
+        text_sum, text_count = text_loss(decoder.text_head(text_states[is_text]), target[is_text])
+        return Losses(image_sum, image_count, text_sum, text_count, stats_sum)

@@ -1,0 +1,49 @@
+"""Native resolution: every image keeps its own aspect ratio, every batch has one area.
+
+A mini-batch draws one area A (in patches); each image of it is resized to the grid that fills A best while keeping its
+proportions; the batch takes B = C // A images, so that the work C = A * B stays the same whatever was drawn. Small areas
+see many images, large areas see detail. Zero patches pad an image that does not fill A, at its end, where no valid
+query looks (prefix_mask.py).
+
+Way: (seed, step) -> **A, B** -> data. Source: paper section 2.4; A = 2^n, n normal, truncated to [-1, 1], mapped
+linearly onto [7, 12]. Lesson: 11.
+"""
+
+import numpy as np
+
+
+def draw_areas(seed, steps, low, high):
+    """The area of every step: i64[steps], 2^n with n from N(0, 1) truncated to [-1, 1] and mapped onto [low, high].
+
+    Step k's area does not depend on how many steps are asked for.
+    """
+    rng = np.random.default_rng([seed, 7])
+    inside = np.empty(0)
+    while len(inside) < steps:  # drawn in fixed blocks: a longer run begins like a shorter one
+        block = rng.normal(size=4096)
+        inside = np.concatenate([inside, block[np.abs(block) <= 1]])
+    exponent = low + (inside[:steps] + 1) / 2 * (high - low)
+    return np.floor(2.0**exponent + 1e-9).astype(np.int64)
+
+
+def batch_sizes(areas, patches_per_batch, parts):
+    """Images of each step, B = C // A, at least one for each of `parts` ranks and micro-batches: i64[steps]."""
+    return np.maximum(patches_per_batch // areas, parts)
+
+
+def best_grid(width, height, area):
+    """The grid (rows, cols) of at most `area` patches that fills most of it at the least change of proportions.
+
+    Args: width, height in pixels; area: A, at least 2.
+    Returns: (rows, cols), both at least 1; maximises (rows*cols / A) * min(q, 1/q), q = (cols/rows) / (width/height).
+    """
+    aspect = width / height
+    ideal = (area / aspect) ** 0.5  # rows of the exact proportions, not a whole number
+    best = (0.0, 1, 1)
+    for rows in {max(1, min(area, int(ideal) + d)) for d in (-1, 0, 1, 2)}:
+        ideal_cols = rows * aspect
+        for cols in {max(1, min(area // rows, int(ideal_cols) + d)) for d in (-1, 0, 1, 2)}:
+            q = cols / rows / aspect
+            best = max(best, (rows * cols / area * min(q, 1 / q), rows, cols))
+    rows, cols = best[1:]
+    return (rows, cols) if rows * cols >= 2 else ((1, 2) if aspect >= 1 else (2, 1))

@@ -1,0 +1,80 @@
+"""Patchify: an image becomes a sequence of flat patches, and comes back.
+
+A ViT reads an image as a sentence of square tiles in raster order (left to right, top to bottom). One tile of
+`p x p` RGB pixels is one vector of `P = p*p*3` values laid out (row, column, channel). The same vectors are what the
+decoder must predict, after each patch has lost its own mean and deviation: then a patch in shadow counts as much as
+one in the sun, and predicting "flat grey" earns nothing.
+
+Way: image -> **patches** -> encoder -> decoder -> patch predictions. Source: paper section 2.1; normalised targets as
+in MAE (arXiv 2111.06377). Lesson: 01.
+"""
+
+import torch
+
+PATCH_EPS = 1e-6  # added to the variance of a patch: a flat patch becomes zeros, not 0/0
+
+
+def patchify(images, patch_size):
+    """Cut images into flat patches in raster order.
+
+    Args:
+        images: [B, 3, H, W], any dtype; H and W multiples of `patch_size`.
+        patch_size: side p of a patch, in pixels.
+    Returns: [B, N, P] with N = (H/p)*(W/p) and P = p*p*3 laid out (row, column, channel).
+    Raises: ValueError if the images are not [B, 3, H, W] or a side is not a multiple of p.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; patchify needs [B, 3, H, W]")
+    B, C, H, W = images.shape
+    p = patch_size
+    if H % p or W % p:
+        raise ValueError(f"image is {H} x {W} pixels; both sides must be multiples of the patch size {p}: resize first")
+    x = images.reshape(B, C, H // p, p, W // p, p)  # [B, C, rows, p, cols, p]
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches, grid, patch_size):
+    """Put patches back into images: the inverse of `patchify`.
+
+    Args:
+        patches: [B, N, P]; grid: (rows, cols) with rows*cols = N; patch_size: side p in pixels.
+    Returns: [B, 3, rows*p, cols*p].
+    Raises: ValueError if N or P does not fit the grid and the patch size.
+    """
+    B, N, P = patches.shape
+    rows, cols = grid
+    p = patch_size
+    if rows * cols != N or p * p * 3 != P:
+        raise ValueError(f"patches have shape {tuple(patches.shape)}; a {rows} x {cols} grid of {p}-pixel patches "
+                         f"needs [B, {rows * cols}, {p * p * 3}]")
+    x = patches.reshape(B, rows, cols, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, rows * p, cols * p)
+
+
+def normalize_patches(patches):
+    """Remove each patch's own mean and standard deviation (over all P values, the three channels together).
+
+    Args: patches: float[..., P].
+    Returns: (normalized float[..., P], mean float[..., 1], std float[..., 1]) with std = sqrt(unbiased var + 1e-6).
+    A flat patch becomes zeros. Predicting zeros scores a mean squared error of (P-1)/P on textured patches.
+    """
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    std = (var + PATCH_EPS).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+def denormalize_patches(normalized, mean, std):
+    """The inverse of `normalize_patches`: normalized float[..., P], mean and std float[..., 1] -> float[..., P]."""
+    return normalized * std + mean
+
+
+def pixels_to_float(patches, pixel_mean, pixel_std):
+    """Raw patches u8[..., P] in 0..255 to the model's float scale: (x / 255 - mean) / std for each colour channel."""
+    mean, std = (torch.tensor(v, device=patches.device).repeat(patches.shape[-1] // 3) for v in (pixel_mean, pixel_std))
+    return patches.float().mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def float_to_pixels(patches, pixel_mean, pixel_std):
+    """The inverse of `pixels_to_float`, rounded and clamped: float[..., P] -> u8[..., P]."""
+    mean, std = (torch.tensor(v, device=patches.device).repeat(patches.shape[-1] // 3) for v in (pixel_mean, pixel_std))
+    return ((patches.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,145 @@
+import math
+
+import pytest
+import torch
+from conftest import random_batch, tiny_config
+
+from nano_aimv2.generate import caption, choose, complete, score, teacher_forced
+from nano_aimv2.model import AIMv2
+from nano_aimv2.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer("data/toy.tiktoken")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = AIMv2(tiny_config()).eval()
+    with torch.no_grad():  # untrained heads are nearly flat: make choices clear
+        model.decoder.text_head.weight.mul_(8)
+        model.decoder.stats_head.weight.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
+                                      {"prompt": "top left a"}, {"max_tokens": 3}])
+def test_cached_captions_equal_uncached_ones(model, settings):
+    batch = random_batch(model.config, size=4, num_tokens=(5,) * 4, grids=[(5, 5), (3, 4), (5, 5), (2, 6)])
+    cached = caption(model, batch.patches, batch.grid, TOKENIZER, **settings)
+    uncached = caption(model, batch.patches, batch.grid, TOKENIZER, cached=False, **settings)
+    for a, b in zip(cached, uncached, strict=True):
+        assert a.ids == b.ids and a.text == b.text and a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
+        assert a.text.startswith(settings.get("prompt", "")) and len(a.ids) <= settings.get("max_tokens", 24)
+
+
+def test_a_batch_of_mixed_sizes_is_captioned_like_each_image_alone(model):
+    batch = random_batch(model.config, size=3, grids=[(5, 5), (3, 4), (2, 6)])
+    together = caption(model, batch.patches, batch.grid, TOKENIZER)
+    for i, n in enumerate(batch.grid.prod(dim=1).tolist()):
+        (alone,) = caption(model, batch.patches[i : i + 1, :n], batch.grid[i : i + 1], TOKENIZER)
+        assert alone.ids == together[i].ids and alone.log_prob == pytest.approx(together[i].log_prob, abs=1e-4)
+
+
+def test_the_score_of_a_generated_caption_is_its_log_probability(model):
+    batch = random_batch(model.config, size=1, num_tokens=(5,))
+    found = caption(model, batch.patches, batch.grid, TOKENIZER, prompt="", temperature=1.0, seed=5)[0]
+    ids = found.ids[: found.ids.index(TOKENIZER.eos)] if TOKENIZER.eos in found.ids else found.ids
+    scores = score(model, batch.patches, batch.grid, TOKENIZER, [TOKENIZER.decode(ids) or "x", "a cat"])
+    assert scores.shape == (2,) and bool((scores < 0).all())
+    if TOKENIZER.encode(TOKENIZER.decode(ids) or "x", 24) == found.ids:  # the text is what the tokenizer would write
+        assert float(scores[0]) == pytest.approx(found.log_prob, abs=1e-3)
+
+
+def test_scores_do_not_depend_on_the_company(model):
+    batch = random_batch(model.config, size=1, num_tokens=(5,))
+    both = score(model, batch.patches, batch.grid, TOKENIZER, ["a small red ring", "star"])
+    assert float(score(model, batch.patches, batch.grid, TOKENIZER, ["star"])[0]) == pytest.approx(float(both[1]), abs=1e-4)
+
+
+def test_scores_add_up_token_by_token(model):
+    batch = random_batch(model.config, size=1, num_tokens=(5,))
+    ids = TOKENIZER.encode("a red star", 24)
+    features = model.encoder(batch_floats(model, batch), batch.grid)
+    _, states = model.decoder(features, batch.grid.prod(dim=1), torch.tensor([ids[:-1]]))
+    log_probs = model.decoder.text_head(states[0]).log_softmax(-1)
+    expected = sum(float(log_probs[t, token]) for t, token in enumerate(ids))
+    assert float(score(model, batch.patches, batch.grid, TOKENIZER, ["a red star"])[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def batch_floats(model, batch):
+    from nano_aimv2.patchify import pixels_to_float
+
+    return pixels_to_float(batch.patches, model.config.pixel_mean, model.config.pixel_std)
+
+
+@pytest.mark.parametrize("num_given", [1, 12, 24])
+def test_cached_completions_equal_uncached_ones(model, num_given):
+    batch = random_batch(model.config, size=2, num_tokens=(5, 5))
+    cached = complete(model, batch.patches, batch.grid, num_given)
+    uncached = complete(model, batch.patches, batch.grid, num_given, cached=False)
+    assert (cached.int() - uncached.int()).abs().max() <= 1  # a rounding edge at most
+    assert torch.equal(cached[:, :num_given], batch.patches[:, :num_given])
+
+
+def test_completion_never_looks_at_what_it_generates(model):
+    batch = random_batch(model.config, size=2, num_tokens=(5, 5))
+    hidden = batch.patches.clone()
+    hidden[:, 10:] = 0
+    assert torch.equal(complete(model, batch.patches, batch.grid, 10), complete(model, hidden, batch.grid, 10))
+
+
+def test_the_first_generated_patch_is_the_first_teacher_forced_one(model):
+    batch = random_batch(model.config, size=2, num_tokens=(5, 5))
+    generated, forced = complete(model, batch.patches, batch.grid, 10), teacher_forced(model, batch.patches, batch.grid, 10)
+    assert (generated[:, 10].int() - forced[:, 10].int()).abs().max() <= 1
+    assert not torch.equal(generated[:, 12:], forced[:, 12:])
+
+
+def test_a_grid_that_is_not_square_is_completed(model):
+    batch = random_batch(model.config, size=2, num_tokens=(5, 5), grids=[(2, 6)] * 2)
+    assert complete(model, batch.patches, batch.grid, 5).shape == (2, 12, 48)
+
+
+def test_greedy_takes_the_likeliest_and_top_k_and_top_p_cut_the_tail():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None].expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings):
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
+        return torch.bincount(choose(logits, generator=generator, **settings), minlength=4) / 4000
+
+    assert drawn(temperature=0)[0] == 1
+    assert (drawn() - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 0.03
+    assert (drawn(top_k=2) - torch.tensor([0.625, 0.375, 0, 0])).abs().max() < 0.03
+    assert (drawn(top_p=0.7) - torch.tensor([0.625, 0.375, 0, 0])).abs().max() < 0.03
+    assert drawn(top_p=0.4)[0] == 1
+    hot = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 0.5
+    assert (drawn(temperature=2.0) - hot / hot.sum()).abs().max() < 0.03
+
+
+def test_sampling_repeats_with_its_seed(model):
+    batch = random_batch(model.config)
+    runs = [[c.ids for c in caption(model, batch.patches, batch.grid, TOKENIZER, temperature=1.0, seed=s)] for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("settings, message", [({"prompt": "red " * 50}, "leave room"), ({"temperature": -1}, "temperature=-1"),
+                                               ({"top_p": 0}, "top_p=0"), ({"top_k": -2}, "top_k=-2")])
+def test_bad_sampling_settings_are_refused(model, settings, message):
+    batch = random_batch(model.config)
+    with pytest.raises(ValueError, match=message):
+        caption(model, batch.patches, batch.grid, TOKENIZER, **settings)
+
+
+@pytest.mark.parametrize("num_given", [0, 25, -1])
+def test_a_completion_needs_something_given_and_something_left(model, num_given):
+    batch = random_batch(model.config)
+    with pytest.raises(ValueError, match="of 25 patches given"):
+        complete(model, batch.patches, batch.grid, num_given)
+
+
+def test_an_empty_choice_is_refused(model):
+    batch = random_batch(model.config, size=1, num_tokens=(5,))
+    with pytest.raises(ValueError, match="empty caption"):
+        score(model, batch.patches, batch.grid, TOKENIZER, ["a cat", " "])
+    assert math.isfinite(float(score(model, batch.patches, batch.grid, TOKENIZER, ["a cat"])[0]))

@@ -1,0 +1,239 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_batch, tiny_config
+
+from nano_aimv2.config import PRESETS, Config
+from nano_aimv2.layers import Attention, RMSNorm, Trunk, mask_to_bias
+from nano_aimv2.losses import image_loss
+from nano_aimv2.metrics import encoder_flops, train_flops
+from nano_aimv2.model import AIMv2
+from nano_aimv2.patchify import normalize_patches, pixels_to_float
+from nano_aimv2.positions import resize_table, sincos_2d
+from nano_aimv2.prefix_mask import prefix_mask
+
+
+def close(a, b, tolerance=1e-5):
+    difference = float((a - b).detach().abs().max())
+    assert difference <= tolerance, f"largest difference {difference:.3g}, tolerance {tolerance:.3g}"
+
+
+@pytest.mark.parametrize("preset, millions", [("base", 85.60), ("large", 309.20), ("huge", 680.85), ("1b", 1234.96),
+                                              ("3b", 2720.66)])
+def test_encoder_sizes_are_the_papers(preset, millions):
+    with torch.device("meta"):
+        model = AIMv2(Config.from_preset(preset))
+    count = sum(p.numel() for p in model.encoder.parameters())
+    assert abs(count / 1e6 - millions) < 0.005, f"{preset} has {count:,} parameters"
+
+
+@pytest.mark.parametrize("size, millions", [(336, 309.53), (448, 309.98)])
+def test_larger_images_only_enlarge_the_position_table(size, millions):
+    with torch.device("meta"):
+        model = AIMv2(Config.from_preset("large", image_size=size))
+    assert abs(sum(p.numel() for p in model.encoder.parameters()) / 1e6 - millions) < 0.005
+
+
+def test_the_native_encoder_has_no_table():
+    with torch.device("meta"):
+        model = AIMv2(Config.from_preset("large", positions="sincos"))
+    assert abs(sum(p.numel() for p in model.encoder.parameters()) / 1e6 - 308.94) < 0.005
+
+
+def test_every_preset_has_head_dim_128_and_a_decoder_of_12_x_1024():
+    for name in set(PRESETS) - {"toy"}:
+        config = Config.from_preset(name)
+        if config.image_size >= 224:
+            assert config.embed_dim // config.num_heads == 128 and config.decoder_dim // config.decoder_heads == 128
+            assert (config.decoder_dim, config.decoder_blocks, config.decoder_mlp_hidden_dim) == (1024, 12, 2816)
+
+
+def test_the_decoder_has_the_papers_size_at_its_vocabulary():
+    with torch.device("meta"):
+        model = AIMv2(Config.from_preset("large", vocab_size=32_000))
+    assert abs(sum(p.numel() for p in model.decoder.parameters()) / 1e6 - 221) < 0.5
+
+
+def test_rms_norm_and_its_gradient_equal_autograds():
+    x, weight = torch.randn(3, 5, 24, dtype=torch.float32), torch.rand(24)
+    grad = torch.randn_like(x)
+    ours = RMSNorm(24)
+    ours.weight.data = weight.clone()
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours(a).backward(grad)
+    reference_weight = weight.clone().requires_grad_()
+    (b / (b.square().mean(-1, keepdim=True) + 1e-5).sqrt() * reference_weight).backward(grad)
+    close(a.grad, b.grad)
+    close(ours.weight.grad, reference_weight.grad, 1e-4)
+
+
+def test_attention_equals_naive_loops():
+    torch.manual_seed(0)
+    attention = Attention(24, 3)
+    x, mask = torch.randn(2, 7, 24), prefix_mask(torch.tensor([3, 5]), 7)
+    out = attention(x, mask_to_bias(mask))
+    q, k, v = attention.qkv.weight.chunk(3)
+    for b in range(2):
+        for query in range(7):
+            heads = []
+            for h in range(3):
+                part = slice(8 * h, 8 * h + 8)
+                keys = [j for j in range(7) if mask[b, 0, query, j]]
+                scores = torch.stack([(q[part] @ x[b, query]) @ (k[part] @ x[b, j]) / math.sqrt(8) for j in keys])
+                heads.append(sum(w * (v[part] @ x[b, j]) for w, j in zip(scores.softmax(0), keys, strict=True)))
+            close(out[b, query], attention.proj.weight @ torch.cat(heads))
+
+
+def test_written_out_attention_equals_the_fused_kernel():
+    torch.manual_seed(0)
+    attention, x = Attention(24, 3), torch.randn(2, 7, 24)
+    bias = mask_to_bias(prefix_mask(torch.tensor([3, 5]), 7))
+    for arguments in ({"bias": bias}, {"causal": True}, {}):
+        with torch.no_grad():
+            fused = attention(x, **arguments)
+        close(attention(x, **arguments), fused, 1e-6)
+
+
+def test_swiglu_and_block_follow_the_formula():
+    torch.manual_seed(0)
+    block, x = Trunk(24, 1, 3, 40).blocks[0], torch.randn(2, 7, 24)
+    y = x + block.attn(F.rms_norm(x, (24,), block.norm_1.weight, 1e-5))
+    h = F.rms_norm(y, (24,), block.norm_2.weight, 1e-5)
+    mlp = block.mlp
+    close(block(x), y + (F.silu(h @ mlp.fc1.weight.T) * (h @ mlp.fc3.weight.T)) @ mlp.fc2.weight.T)
+
+
+def test_sincos_positions_encode_the_column_first():
+    table = sincos_2d(torch.tensor([[3, 5]]), 15, 16)[0]
+    omega = [10000 ** (-i / 4) for i in range(4)]
+    for row in range(3):
+        for col in range(5):
+            expected = [f(p * w) for p in (col, row) for f in (math.sin, math.cos) for w in omega]
+            close(table[row * 5 + col], torch.tensor(expected), 1e-6)
+
+
+def test_a_position_table_resizes_to_itself_and_exactly_on_a_ramp():
+    table = torch.randn(5 * 7, 6)
+    assert torch.equal(resize_table(table, (5, 7), (5, 7)), table)
+    ramp = torch.arange(8.0).repeat(8)[:, None]  # grows by 1 a column
+    resized = resize_table(ramp, (8, 8), (8, 16)).reshape(8, 16)
+    close(resized[:, 4:12], ((torch.arange(16.0) + 0.5) / 2 - 0.5)[4:12].expand(8, 8), 1e-5)
+
+
+def test_padding_changes_nothing():
+    model = AIMv2(tiny_config())
+    both = random_batch(model.config, size=2, num_tokens=(7, 4), grids=[(3, 4), (5, 5)])
+    prefix_len = torch.tensor([5, 9])
+    padded = model(both, prefix_len)
+    features = model.encoder(pixels_to_float(both.patches, (0.5,) * 3, (0.5,) * 3), both.grid)
+    alone = []
+    for b, n in enumerate((12, 25)):
+        one = type(both)(both.patches[b : b + 1, :n], both.grid[b : b + 1], both.tokens[b : b + 1], both.num_tokens[b : b + 1],
+                         slice(0, 1), 1)
+        alone.append(model(one, prefix_len[b : b + 1]))
+        close(features[b, :n], model.encoder(pixels_to_float(one.patches, (0.5,) * 3, (0.5,) * 3), one.grid)[0])
+    for name in ("image_sum", "image_count", "text_sum", "text_count", "stats_sum"):
+        close(getattr(padded, name), sum(getattr(one, name) for one in alone), 1e-3)
+
+
+def test_image_and_text_touch_and_the_decoder_is_causal():
+    model = AIMv2(tiny_config())
+    batch = random_batch(model.config, size=2, num_tokens=(7, 4), grids=[(3, 4), (5, 5)])
+    features = torch.randn(2, 25, 24)
+    _, states = model.decoder(features, batch.grid.prod(dim=1), batch.tokens)
+    x = torch.cat([model.decoder.connector(features[:1, :12]), model.decoder.embed_text(batch.tokens[:1])], dim=1)
+    close(states[0], model.decoder.trunk(x, causal=True)[0, 12:])
+    changed = batch.tokens.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % model.config.vocab_size
+    _, later = model.decoder(features, batch.grid.prod(dim=1), changed)
+    assert torch.equal(states[:, :4], later[:, :4]) and not torch.allclose(states[:, 4], later[:, 4])
+
+
+def test_step_zero_losses_are_chance():
+    torch.manual_seed(0)
+    config = tiny_config(decoder_dim=128, embed_dim=96, decoder_blocks=6)
+    losses = AIMv2(config)(random_batch(config), torch.tensor([3, 8, 2]))
+    text, image = (losses.text_sum / losses.text_count).item(), (losses.image_sum / losses.image_count).item()
+    assert abs(text - math.log(config.vocab_size)) < 0.25, text
+    assert 0.95 < image < 1.35, image  # 1 + the small variance of the untrained head: 1.14 here
+
+
+def test_zero_prediction_scores_p_minus_one_over_p():
+    target = normalize_patches(torch.randn(50, 48))[0]
+    total, count = image_loss(torch.zeros(50, 48), target)
+    assert float(total / count) == pytest.approx(47 / 48, abs=1e-4)
+
+
+def test_the_image_loss_pools_all_patches_of_the_batch():
+    model = AIMv2(tiny_config())
+    batch, M = random_batch(model.config), torch.tensor([24, 2, 13])
+    losses = model(batch, M)
+    patches = pixels_to_float(batch.patches, model.config.pixel_mean, model.config.pixel_std)
+    features = model.encoder(patches, batch.grid, M)
+    states, _ = model.decoder(features, batch.grid.prod(dim=1), batch.tokens[:, :-1])
+    errors = []
+    for b in range(3):
+        for k in range(int(M[b]), 25):
+            target = (patches[b, k] - patches[b, k].mean()) / (patches[b, k].var(correction=1) + 1e-6).sqrt()
+            errors.append((model.decoder.pixel_head(states[b, k - 1]) - target).square().mean())
+    assert int(losses.image_count) == len(errors) == 1 + 23 + 12
+    close(losses.image_sum / losses.image_count, torch.stack(errors).mean())
+
+
+def test_the_end_token_is_trained_and_padding_is_not():
+    model = AIMv2(tiny_config())
+    batch = random_batch(model.config)
+    batch.tokens[0, 6] = eos = 700  # the last of 7 valid tokens; 700 occurs nowhere else
+    batch.tokens[batch.tokens == eos] = 1
+    batch.tokens[0, 6] = eos
+    batch.tokens[1, 4:] = 600  # padding: an id that no valid place holds
+    batch.tokens[batch.tokens == 601] = 1
+    losses = model(batch, torch.tensor([3, 8, 2]))
+    (gradient,) = torch.autograd.grad(losses.text_sum, model.decoder.text_head.weight)
+    assert int(losses.text_count) == 7 + 4 + 9
+    towards = gradient @ model.decoder.text_head.weight.new_ones(32)
+    assert gradient[eos].abs().max() > 10 * gradient[601].abs().max(), "EOS is a target like any word"
+    close(gradient[600], gradient[601].new_zeros(32), float(gradient[601].abs().max()) * 5)
+    assert torch.isfinite(towards).all()
+
+
+def test_the_statistics_head_leaves_the_papers_objective_alone():
+    model = AIMv2(tiny_config())
+    losses = model(random_batch(model.config), torch.tensor([3, 8, 2]))
+    losses.stats_sum.backward()
+    touched = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert touched == ["decoder.stats_head.weight", "decoder.stats_head.bias"]
+
+
+def test_an_empty_target_set_is_an_error():
+    model = AIMv2(tiny_config())
+    losses = model(random_batch(model.config), torch.tensor([3, 8, 2]))
+    with pytest.raises(ValueError, match="at least 1"):
+        losses.total(0.4, 0, 12)
+
+
+def test_q_k_v_are_initialised_each_by_itself_and_heads_are_small():
+    torch.manual_seed(0)
+    model = AIMv2(tiny_config(embed_dim=96, decoder_dim=128))
+    qkv = model.encoder.trunk.blocks[0].attn.qkv.weight
+    bound = math.sqrt(6 / (96 + 96))
+    assert bound * 0.98 < float(qkv.abs().max()) <= bound
+    assert float(model.decoder.text_head.weight.std()) == pytest.approx((3 * 128) ** -0.5, rel=0.05)
+    assert float(model.decoder.text_positions.std()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_counted_flops_are_torchs():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(positions="learned")
+    model, batch, M = AIMv2(config), random_batch(config), torch.tensor([3, 8, 2])
+    with FlopCounterMode(display=False) as counter:
+        losses = model(batch, M)
+        losses.total(0.4, losses.image_count, losses.text_count).backward()
+    ours = 3 * train_flops(config, 25, 9, int(losses.image_count) / 3, int(losses.text_count) / 3)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    with FlopCounterMode(display=False) as counter:
+        model.encoder(torch.randn(1, 25, 48), torch.tensor([[5, 5]]))
+    assert encoder_flops(config, 25) == pytest.approx(counter.get_total_flops(), rel=1e-3)

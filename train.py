@@ -1,0 +1,194 @@
+"""Train AIMv2, from a laptop to a cluster.
+
+    python train.py                                          # the toy run: data made on first use, minutes on two cores
+    python train.py --preset=toy --steps=200 --run=runs/try  # every setting is --key=value; --help lists them
+    torchrun --nproc_per_node=8 train.py --preset=large      # the paper's AIMv2-L on 8 GPUs
+
+A run lives in runs/NAME: config.json, metrics.jsonl, checkpoints, model.safetensors, loss.png, samples.png. Started
+again, it goes on from its last checkpoint.
+"""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nano_aimv2 import checkpoint, distributed, metrics
+from nano_aimv2.config import Config
+from nano_aimv2.data import TrainingData, describe, make_loader, parse_mixture
+from nano_aimv2.evaluate import Evaluation, held_out_sources
+from nano_aimv2.model import AIMv2
+from nano_aimv2.optim import lr_at, make_optimizer
+from nano_aimv2.prefix_mask import step_prefix_len
+from nano_aimv2.tokenizer import Tokenizer
+
+
+def main(argv):
+    # Settings, processes, run folder
+    config = Config.from_flags(argv)
+    runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
+    say = tqdm.write if runtime.is_main else lambda line: None
+    if runtime.is_main:
+        make_toy_data(config)
+        checkpoint.claim_run(config)
+    runtime.barrier()
+
+    # Data
+    tokenizer = Tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
+                         f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
+    data = TrainingData(config, tokenizer, runtime.rank, runtime.world)
+    held_out = {split: Evaluation(source, config, tokenizer, config.eval_images)
+                for split, source in held_out_sources(config).items()}
+    for line in describe(data):
+        say(line)
+
+    # Model, optimizer, and where the run left off
+    torch.manual_seed(config.seed)
+    model = AIMv2(config)
+    if config.init:
+        checkpoint.load_weights(model, Path(config.init) / "model.safetensors")
+    trained = distributed.parallelize(model, runtime)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta_1, config.beta_2))
+    objective = [p for name, p in model.named_parameters() if "stats_head" not in name]  # whose gradient norm is clipped
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    first_step = checkpoint.restore(config.run, model, optimizer, runtime)
+    say(f"{config.run}: {sum(p.numel() for p in model.parameters()):,} parameters on {runtime.world} x {runtime.device.type}, "
+        f"{str(runtime.dtype).removeprefix('torch.')} matmuls, parallel {runtime.parallel}, step {first_step} of {config.steps}")
+
+    # The loop
+    log = metrics.MetricsLog(Path(config.run) / "metrics.jsonl", first_step) if runtime.is_main else None
+    loader = iter(make_loader(data, first_step, config.num_workers, pin=runtime.device.type == "cuda"))
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not (runtime.is_main and sys.stderr.isatty()))
+    window = metrics.Window(config, runtime.device)
+    for step in range(first_step, config.steps + 1):
+        last = step == config.steps
+        if held_out and (last or (step > first_step and config.eval_every and step % config.eval_every == 0)):
+            row = evaluate(model, trained, held_out, runtime)
+            say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+            if log:
+                log.write(step=step, **row)
+            window = metrics.Window(config, runtime.device)
+        if last or (step > first_step and config.save_every and step % config.save_every == 0):
+            checkpoint.save(config.run, step, model, optimizer, runtime, config.keep)
+        if last:
+            break
+
+        # The micro-batches of this step, their prefixes, and how many targets all ranks have together
+        begin = time.perf_counter()
+        batches = [next(loader) for _ in range(config.grad_accum)]
+        data_s = time.perf_counter() - begin
+        prefixes = [step_prefix_len(b.grid.prod(dim=1), config.seed, step, b.rows, b.global_size) for b in batches]
+        image_count, text_count, stops = runtime.sum(
+            sum(int((b.grid.prod(dim=1) - m).sum()) for b, m in zip(batches, prefixes, strict=True)),
+            sum(int(b.num_tokens.sum()) for b in batches), ask_to_stop.asked)
+        if stops:
+            say(f"asked to stop: saving step {step}")
+            checkpoint.save(config.run, step, model, optimizer, runtime, config.keep)
+            return
+
+        # Forward and backward; DDP and FSDP average over ranks where we want the sum
+        sums = torch.zeros(3, dtype=torch.float64)
+        for i, (batch, prefix_len) in enumerate(zip(batches, prefixes, strict=True)):
+            with distributed.sync_gradients(trained, runtime, is_last=i == config.grad_accum - 1):
+                with runtime.autocast():
+                    losses = trained(batch.to(runtime.device), prefix_len.to(runtime.device))
+                    loss = losses.total(config.alpha, image_count, text_count) * runtime.world
+                scaler.scale(loss).backward()
+            sums += torch.stack([losses.text_sum, losses.image_sum, losses.stats_sum]).detach().double().cpu()
+
+        # Step
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(objective, config.clip_grad)
+        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        if not math.isfinite(grad_norm) and not scaler.is_enabled():
+            raise FloatingPointError(f"step {step}: gradient norm {grad_norm}, text loss sum {sums[0]:.4g}, image loss sum "
+                                     f"{sums[1]:.4g}; the last checkpoint is good: lower --lr (now {config.lr}) or look at the "
+                                     "batch of this step")
+        lr = lr_at(step, config.lr, config.min_lr, config.warmup_steps, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # Log
+        window.add(batches, data_s)
+        for batch in batches:
+            for line in batch.skipped:
+                say(f"step {step}: skipped {line}")
+        bar.update()
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            text_sum, image_sum, stats_sum = runtime.sum(*sums)
+            text, image = text_sum / text_count, image_sum / image_count
+            row = dict(step=step + 1, loss=text + config.alpha * image, loss_text=text, loss_image=image,
+                       loss_stats=stats_sum / image_count, lr=lr, grad_norm=grad_norm, **window.rates(runtime))
+            if log:
+                log.write(**row)
+                line = f"text {text:.3f}, image {image:.3f}, {row['img_per_s']:.0f} images/s"
+                bar.set_postfix_str(line)
+                if bar.disable and (step + 1) % (10 * config.log_every) == 0:
+                    left = (config.steps - step - 1) * row["step_ms"] / 1e3
+                    say(f"step {step + 1} of {config.steps}: {line}, {left / 60:.1f} min left")
+            window = metrics.Window(config, runtime.device)
+    bar.close()
+
+    # Goodbye: weights for others to use, and pictures to look at
+    checkpoint.save_model(config.run, model, runtime)
+    if runtime.is_main:
+        finish(config, held_out, log)
+    runtime.barrier()
+
+
+def make_toy_data(config):
+    """Draw the toy scenes where a run asks for them and they are not there."""
+    for source in parse_mixture(config.data):
+        if Path(source.path).name == "scenes" and not Path(source.path).exists():
+            from data.scenes import make_scenes
+
+            make_scenes(source.path)
+
+
+def evaluate(model, trained, held_out, runtime):
+    """A row of held-out losses and, for the toy set, the share of captions that are exactly right."""
+    row = {}
+    for split, evaluation in held_out.items():
+        suffix = "" if split == "val" else f"_{split}"
+        row["val_loss_text" + suffix], row["val_loss_image" + suffix] = evaluation.losses(trained, runtime)
+        if "novel" in held_out and runtime.is_main and runtime.parallel != "fsdp":  # exact captions exist in the toy set
+            row["caption_exact" + suffix] = evaluation.exact(model, runtime)
+    return row
+
+
+def finish(config, held_out, log):
+    """loss.png and samples.png, from the files that the run has written."""
+    from nano_aimv2.plots import loss_curves
+    from sample import held_out_page
+
+    folder = Path(config.run)
+    loss_curves(metrics.read_metrics(log.path), folder / "loss.png", config.vocab_size, config.patch_dim)
+    if held_out:
+        held_out_page(config.run, folder / "samples.png")
+    print(f"see {folder}/loss.png and {folder}/samples.png; captions of your own pictures: python sample.py --run={config.run} "
+          "--image=FILE")
+
+
+def ask_to_stop(*_):
+    ask_to_stop.asked = True
+
+
+ask_to_stop.asked = False
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {type(error).__name__}: {error}")
+    finally:
+        distributed.stop()
