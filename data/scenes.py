@@ -148,7 +148,7 @@ def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0):
     counts = dict(zip(SPLITS, (train, val, novel), strict=True))
     try:
         with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool, \
-                tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}") as bar:
+                tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}", disable=None) as bar:
             for split, count in counts.items():
                 with ShardWriter(temporary / split) as writer:
                     addresses = ((split, i, size, seed) for i in range(count))
