@@ -41,7 +41,7 @@ class Config:
     init: str = ""  # start from the weights of this run folder (post-training)
 
     # data
-    data: str = "data/scenes:synthetic:3,data/scenes:alt:1"  # path:caption-kind:weight,... (kinds alt, synthetic)
+    data: str = "data/scenes:synthetic:85,data/scenes:alt:15"  # path:caption-kind:weight,... (kinds alt, synthetic)
     val_data: str = ""  # one path:caption-kind; empty: the val/ folder beside the first source's train/
     max_tokens: int = 32  # a caption with its end token is cut here
     tokenizer: str = "data/toy.tiktoken"  # a rank file, or the name of a tiktoken encoding such as gpt2
@@ -53,26 +53,26 @@ class Config:
 
     # encoder
     image_size: int = 48  # pixels, height and width
-    patch_size: int = 8  # pixels
-    embed_dim: int = 128
-    num_blocks: int = 4
-    num_heads: int = 4
+    patch_size: int = 12  # pixels
+    embed_dim: int = 192
+    num_blocks: int = 3
+    num_heads: int = 6
     native_area: tuple = ()  # low,high: each batch draws its area, 2^low .. 2^high patches; empty: one square grid
     positions: str = "sincos"  # sincos (any grid) or learned (one grid)
 
     # decoder
-    decoder_dim: int = 128
+    decoder_dim: int = 192
     decoder_blocks: int = 2
-    decoder_heads: int = 4
+    decoder_heads: int = 6
     mlp_multiple: int = 32  # SwiGLU hidden size: 8/3 of the width, rounded up to a multiple of this
 
     # optimisation
-    steps: int = 1000
-    batch_size: int = 32  # global: images a step, over all ranks and accumulation steps
+    steps: int = 5000
+    batch_size: int = 16  # global: images a step, over all ranks and accumulation steps
     grad_accum: int = 1  # micro-batches a step and rank
-    lr: float = 2e-3  # peak
+    lr: float = 6e-4  # peak
     min_lr: float = 1e-5  # where the cosine ends
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     weight_decay: float = 1e-4  # fully decoupled, as in the paper: multiplied by lr_t / lr
     beta_1: float = 0.9
     beta_2: float = 0.95
@@ -85,10 +85,10 @@ class Config:
     num_workers: int = 1  # processes that read data
     parallel: str = "auto"  # none, ddp or fsdp; auto: ddp under torchrun
     compile: str = "auto"  # torch.compile; auto: on GPUs
-    log_every: int = 10  # steps between rows of metrics.jsonl
-    eval_every: int = 0  # steps; 0: at the end only
+    log_every: int = 20  # steps between rows of metrics.jsonl
+    eval_every: int = 1000  # steps; 0: at the end only
     eval_images: int = 512  # held-out images for the losses, and for captions where the data is the toy set
-    save_every: int = 0  # steps between checkpoints; 0: at the end only
+    save_every: int = 1000  # steps between checkpoints; 0: at the end only
     keep: int = 2  # newest checkpoints kept
 
     def __post_init__(self):

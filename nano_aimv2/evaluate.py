@@ -1,4 +1,4 @@
-"""Evaluate: losses on held-out pairs under prefixes from a fixed seed, and how many captions are exactly right.
+"""Evaluate: losses on held-out pairs under prefixes from a fixed seed, and how many greedy captions are right.
 
 With full attention no image target is left (and a released trainer reports 0/0): validation draws prefixes like training
 does, always the same ones.
@@ -6,9 +6,12 @@ does, always the same ones.
 Lesson: 08.
 """
 
+import re
+from pathlib import Path
+
 import torch
 
-from nano_aimv2.data import open_sources, pick_caption, read_in_order
+from nano_aimv2.data import open_sources, parse_mixture, pick_caption, read_in_order
 from nano_aimv2.generate import caption
 from nano_aimv2.prefix_mask import step_prefix_len
 
@@ -16,15 +19,18 @@ EVAL_SEED = 20_241_121
 
 
 class Evaluation:
-    """Held-out images in memory: `count` of a source, read once. `batches` of Batch; `captions` as they are written."""
+    """Held-out images in memory, `count` of a source, read once.
+
+    `batches` of Batch; `captions` as they are written; `label_names` from the metadata (None where there are none).
+    """
 
     def __init__(self, source, config, tokenizer, count, batch_size=64):
         self.config, self.tokenizer = config, tokenizer
-        self.batches, self.captions, self.samples = [], [], []
+        self.batches, self.captions, self.label_names = [], [], []
         for batch, samples in read_in_order(source, config, tokenizer, count, batch_size):
             self.batches.append(batch)
-            self.samples += samples
             self.captions += [pick_caption(source, sample) for sample in samples]
+            self.label_names += [source.shards.metadata(sample).get("label_name") for sample in samples]
         if not self.batches:
             raise ValueError(f"{source.path}: none of its {len(source.shards)} samples has a readable image and a "
                              f"{source.kind} caption")
@@ -54,10 +60,23 @@ class Evaluation:
             texts += [c.text for c in found]
         return texts
 
-    def exact(self, model, runtime):
-        """The share of images whose greedy caption is the written one, letter for letter."""
+    def caption_scores(self, model, runtime):
+        """How the greedy captions compare with what is known about the images.
+
+        Returns: {"caption_exact": share that is the written caption letter for letter}, and where images have a
+        label_name {"caption_names_label": share of their captions that have it as a word}.
+        """
         texts = self.greedy(model, runtime)
-        return sum(a == b for a, b in zip(texts, self.captions, strict=True)) / len(texts)
+        scores = {"caption_exact": mean(a == b for a, b in zip(texts, self.captions, strict=True))}
+        named = [(text, name) for text, name in zip(texts, self.label_names, strict=True) if name]
+        if named:
+            scores["caption_names_label"] = mean(bool(re.search(rf"\b{re.escape(name)}\b", text)) for text, name in named)
+        return scores
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def rows_of_rank(batch, runtime):
@@ -80,10 +99,6 @@ def held_out_sources(config):
     `val_data` if it is given, else the folder `val` of the first source (and `novel`, which the toy set has); captions of
     the kind that has the largest weight.
     """
-    from pathlib import Path
-
-    from nano_aimv2.data import parse_mixture
-
     if config.val_data:
         return {"val": open_sources(config.val_data, "val")[0]}
     heaviest = max(parse_mixture(config.data), key=lambda source: source.weight)

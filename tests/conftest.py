@@ -60,8 +60,8 @@ def scenes(tmp_path_factory):
 def tiny_flags(scenes):
     """Flags of a run that takes seconds."""
     return [f"--{k}={v}" for k, v in TINY.items()] + [
-        f"--data={scenes}:synthetic:3,{scenes}:alt:1", "--steps=20", "--batch_size=12", "--warmup_steps=4", "--log_every=1",
-        "--eval_images=16"]
+        f"--data={scenes}:synthetic:3,{scenes}:alt:1", "--steps=20", "--batch_size=12", "--lr=1e-3", "--warmup_steps=4",
+        "--log_every=1", "--eval_every=0", "--save_every=0", "--eval_images=16"]
 
 
 @pytest.fixture(scope="session")

@@ -298,7 +298,7 @@ def test_no_patch_of_a_scene_is_flat():
     from nano_aimv2.data import to_patches
 
     for i in range(50):
-        assert to_patches(make_scene("train", i)[0], 8).astype(float).std(axis=1).min() > 1
+        assert to_patches(make_scene("train", i)[0], 12).astype(float).std(axis=1).min() > 1
 
 
 def test_the_toy_shards_hold_all_splits_with_both_captions(scenes):

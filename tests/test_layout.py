@@ -67,6 +67,11 @@ def test_the_readme_maps_every_file():
             assert path.name in text, f"README does not name {path.name}"
 
 
+def test_ci_runs_the_command_of_the_readme():
+    command = (ROOT / ".ci/run").read_text().strip().splitlines()[-1]
+    assert "pytest" in command and command in (ROOT / "README.md").read_text().splitlines()
+
+
 def test_the_readmes_links_and_pictures_exist():
     for document in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
