@@ -108,6 +108,9 @@ def as_batch(images, config, device):
     return patches.to(device), torch.tensor([fixed_grid(config)] * len(images), device=device)
 
 
+HELD_OUT_FRACTIONS = (0.5, 0.75)  # of the patches given: half a picture, and a cut through what stands below
+
+
 def completions(model, patches, grid, fraction):
     """[(original, given, generated, teacher-forced)] as u8[H, W, 3], for images of one grid."""
     n = patches.shape[1]
@@ -143,7 +146,9 @@ def held_out_page(run, out, count=8, device="cpu"):
     for source in sources.values():
         batch = Evaluation(source, config, tokenizer, count // len(sources))
         patches, grid = batch.batches[0].patches.to(device), batch.batches[0].grid.to(device)
-        pictures = completions(model, patches, grid, 0.5)
+        half = len(patches) // 2
+        pictures = [picture for rows, fraction in zip((slice(0, half), slice(half, None)), HELD_OUT_FRACTIONS, strict=True)
+                    if len(patches[rows]) for picture in completions(model, patches[rows], grid[rows], fraction)]
         found = generate.caption(model, patches, grid, tokenizer)
         captioned += [(p[0], c.text, written) for p, c, written in zip(pictures, found, batch.captions, strict=True)]
         completed += pictures

@@ -2,7 +2,7 @@
 
     python train.py                                          # the toy run: data made on first use, minutes on two cores
     python train.py --preset=toy --steps=200 --run=runs/try  # every setting is --key=value; --help lists them
-    torchrun --nproc_per_node=8 train.py --preset=large      # the paper's AIMv2-L on 8 GPUs
+    torchrun --nproc_per_node=8 -- train.py --preset=large   # the paper's AIMv2-L on 8 GPUs (-- lets torchrun pass --run on)
 
 A run lives in runs/NAME: config.json, metrics.jsonl, checkpoints, model.safetensors, loss.png, samples.png. Started
 again, it goes on from its last checkpoint.
@@ -42,6 +42,8 @@ def main(argv):
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
                          f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
+    if runtime.is_main:
+        tokenizer.save(config.run)
     data = TrainingData(config, tokenizer, runtime.rank, runtime.world)
     held_out = {split: Evaluation(source, config, tokenizer, config.eval_images)
                 for split, source in held_out_sources(config).items()}

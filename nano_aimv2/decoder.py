@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         self.trunk = Trunk(D, config.decoder_blocks, config.decoder_heads, config.decoder_mlp_hidden_dim)
         self.pixel_head = nn.Linear(D, config.patch_dim, bias=False)
         self.text_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.stats_head = nn.Linear(D, 2)
+        self.stats_head = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 2))
 
     def embed_text(self, tokens, start=0):
         """Text inputs. tokens i64[B, T]; start = 0 puts BOS in front: -> f[B, 1+T, Dd]; else token positions start.."""

@@ -47,8 +47,11 @@ def text_loss(logits, target):
 
 
 def stats_loss(predicted, mean, std):
-    """Our patch statistics: predicted f[K, 2] (mean, log std) against mean, std f[K, 1] -> sum of squared errors."""
-    return F.mse_loss(predicted.float(), torch.cat([mean, std.log()], dim=-1).float(), reduction="sum")
+    """Our patch statistics: predicted f[K, 2] (mean, log std) against mean, std f[K, 1] -> sum of absolute errors.
+
+    Absolute, so that the head learns the median: where an object may or may not come, the mean of both is neither.
+    """
+    return F.l1_loss(predicted.float(), torch.cat([mean, std.log()], dim=-1).float(), reduction="sum")
 
 
 def text_targets(tokens, num_tokens):

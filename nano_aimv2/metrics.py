@@ -39,7 +39,7 @@ def forward_flops(config, num_patches, text_length, image_targets, text_targets)
     """Forward matmul FLOPs of one image-text pair: A patches, T text inputs, and the rows that reach the two heads."""
     D = config.decoder_dim
     decoder = trunk_flops(num_patches + text_length, D, config.decoder_blocks, config.decoder_mlp_hidden_dim)
-    heads = 2 * D * (image_targets * (config.patch_dim + 2) + text_targets * config.vocab_size)
+    heads = 2 * D * (image_targets * (config.patch_dim + D + 2) + text_targets * config.vocab_size)
     return encoder_flops(config, num_patches) + 2 * num_patches * config.embed_dim * D + decoder + heads
 
 
@@ -47,7 +47,7 @@ def train_flops(config, num_patches, text_length, image_targets, text_targets):
     """Forward and backward of one pair. The backward pass costs twice the forward one, less what nobody needs: gradients
     with respect to the pixels, and those that would leave the statistics head."""
     forward = forward_flops(config, num_patches, text_length, image_targets, text_targets)
-    unused = 2 * num_patches * config.patch_dim * config.embed_dim + 4 * config.decoder_dim * image_targets
+    unused = 2 * num_patches * config.patch_dim * config.embed_dim + 2 * config.decoder_dim**2 * image_targets
     return 3 * forward - unused
 
 

@@ -1,8 +1,8 @@
 """AIMv2: encoder under a prefix mask, one causal decoder over image and text, two losses.
 
-The whole forward pass is one method. The one addition to the paper is ours: a *patch statistics head* that predicts the
-next patch's mean and log-deviation. The paper's targets are normalised, so a generated patch would have neither; the
-head reads **detached** states, so the paper's objective never feels it (see `generate.complete`).
+The whole forward pass is one method. The one addition to the paper is ours: a *patch statistics head*, two small layers
+that predict the next patch's mean and log-deviation. The paper's targets are normalised, so a generated patch would have
+neither; the head reads **detached** states, so the paper's objective never feels it (see `generate.complete`).
 
 Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code. Lessons: 03 to 05.
 """
@@ -43,7 +43,7 @@ class AIMv2(nn.Module):
         head_std = ((1 + self.config.decoder_blocks) * self.config.decoder_dim) ** -0.5
         for head in (decoder.pixel_head, decoder.text_head):
             nn.init.trunc_normal_(head.weight, std=head_std)
-        nn.init.zeros_(decoder.stats_head.weight)
+        nn.init.zeros_(decoder.stats_head[-1].weight)
 
     def forward(self, batch, prefix_len):
         """One training pass.

@@ -71,6 +71,7 @@ def samples_page(captioned, completed, path, title):
     heights = [2.6 * rows] + ([1.35 * pairs + 0.3] if completed else [])
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
+        figure.get_layout_engine().set(hspace=0.01, h_pad=0.02)
         figure.suptitle(title)
         parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
         axes = list(parts[0].subplots(rows, columns, squeeze=False).flat)

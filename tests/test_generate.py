@@ -17,7 +17,7 @@ def model():
     model = AIMv2(tiny_config()).eval()
     with torch.no_grad():  # untrained heads are nearly flat: make choices clear
         model.decoder.text_head.weight.mul_(8)
-        model.decoder.stats_head.weight.normal_(std=0.1)
+        model.decoder.stats_head[-1].weight.normal_(std=0.1)
     return model
 
 
@@ -61,7 +61,7 @@ def test_scores_add_up_token_by_token(model):
     ids = TOKENIZER.encode("a red star", 24)
     features = model.encoder(batch_floats(model, batch), batch.grid)
     _, states = model.decoder(features, batch.grid.prod(dim=1), torch.tensor([ids[:-1]]))
-    log_probs = model.decoder.text_head(states[0]).log_softmax(-1)
+    log_probs = model.decoder.text_head(states[0]).log_softmax(-1).detach()
     expected = sum(float(log_probs[t, token]) for t, token in enumerate(ids))
     assert float(score(model, batch.patches, batch.grid, TOKENIZER, ["a red star"])[0]) == pytest.approx(expected, abs=1e-4)
 

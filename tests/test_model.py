@@ -53,7 +53,8 @@ def test_every_preset_has_head_dim_128_and_a_decoder_of_12_x_1024():
 def test_the_decoder_has_the_papers_size_at_its_vocabulary():
     with torch.device("meta"):
         model = AIMv2(Config.from_preset("large", vocab_size=32_000))
-    assert abs(sum(p.numel() for p in model.decoder.parameters()) / 1e6 - 221) < 0.5
+    papers = sum(p.numel() for name, p in model.decoder.named_parameters() if not name.startswith("stats_head"))  # ours
+    assert abs(papers / 1e6 - 221) < 0.5
 
 
 def test_rms_norm_and_its_gradient_equal_autograds():
@@ -193,10 +194,9 @@ def test_the_end_token_is_trained_and_padding_is_not():
     losses = model(batch, torch.tensor([3, 8, 2]))
     (gradient,) = torch.autograd.grad(losses.text_sum, model.decoder.text_head.weight)
     assert int(losses.text_count) == 7 + 4 + 9
-    towards = gradient @ model.decoder.text_head.weight.new_ones(32)
-    assert gradient[eos].abs().max() > 10 * gradient[601].abs().max(), "EOS is a target like any word"
-    close(gradient[600], gradient[601].new_zeros(32), float(gradient[601].abs().max()) * 5)
-    assert torch.isfinite(towards).all()
+    pull = gradient.abs().amax(dim=1)  # a target pulls its row of the head by a whole state, other words by their share
+    assert pull[eos] > 10 * pull[601], "EOS is a target like any word"
+    assert pull[600] < pull[eos] / 10, "padding is not"
 
 
 def test_the_statistics_head_leaves_the_papers_objective_alone():
@@ -204,7 +204,7 @@ def test_the_statistics_head_leaves_the_papers_objective_alone():
     losses = model(random_batch(model.config), torch.tensor([3, 8, 2]))
     losses.stats_sum.backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert touched == ["decoder.stats_head.weight", "decoder.stats_head.bias"]
+    assert touched == [name for name, _ in model.named_parameters() if name.startswith("decoder.stats_head")] != []
 
 
 def test_an_empty_target_set_is_an_error():

@@ -156,7 +156,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 def test_two_processes_train_like_one(trained, tiny_flags, tmp_path):
     for mode in ("ddp", "fsdp"):
         folder = tmp_path / mode
-        run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *tiny_flags,
+        run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "train.py", *tiny_flags,
                    f"--parallel={mode}", f"--run={folder}")
         for one, two in zip(curve(trained[0]), curve(folder), strict=True):
             assert one[1:] == pytest.approx(two[1:], abs=1e-4 if one[0] > 5 else 1e-5), (mode, one, two)
