@@ -2,6 +2,8 @@
 
     python -m nano_aimv2.bench                 # a training step, float32 and default precision, and captioning
     python -m nano_aimv2.bench --data          # the data loader against a bare Pillow loop over the same files
+    python -m nano_aimv2.bench --native        # native-resolution batches against fixed ones, and how much of them is padding
+    python -m nano_aimv2.bench --index         # shards of a million samples: bytes and seconds before the first batch
     python -m nano_aimv2.bench --step --preset=large --batch_size=64 --device=cuda      # any preset's training step
 
 Times of shared machines drift, so a step is also printed in the time of one 1536 x 1536 x 1536 float32 matmul taken in
@@ -14,6 +16,7 @@ import resource
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -29,9 +32,10 @@ from nano_aimv2.generate import decode_words
 from nano_aimv2.images import crop_box
 from nano_aimv2.metrics import peak_flops, train_flops
 from nano_aimv2.model import AIMv2
+from nano_aimv2.native_res import best_grid, draw_areas
 from nano_aimv2.optim import make_optimizer
 from nano_aimv2.prefix_mask import step_prefix_len
-from nano_aimv2.shards import ShardWriter
+from nano_aimv2.shards import Shards, ShardWriter
 from nano_aimv2.tokenizer import Tokenizer
 
 # The small model on which Apple's released training code takes 30 matmuls a step in float32 and 22 in bf16 (Zen 4, 2 cores).
@@ -203,6 +207,74 @@ def bare_decode(path):
     return np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC, box=box)).sum()
 
 
+def bench_native(config, settings):
+    """Training steps on native batches against fixed ones of the same patches a batch, and the padding of real proportions."""
+    rng = np.random.default_rng(0)
+    shapes = np.array([(4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (1, 1), (5, 4)])[rng.integers(8, size=4000)]
+    shapes = shapes * rng.uniform(0.9, 1.1, shapes.shape)  # cropped by hand
+    for low, high in ((7, 12), (5, 8)):
+        areas = draw_areas(0, len(shapes), low, high)
+        filled = [np.prod(best_grid(*shape, int(area))) for shape, area in zip(shapes, areas, strict=True)]
+        print(f"native, areas 2^{low} .. 2^{high}: {1 - sum(filled) / areas.sum():.1%} of the patches of a long run are padding "
+              f"({1 - np.mean(filled / areas):.1%} on the mean image)")
+    runtime = distributed.start(**settings)
+    torch.manual_seed(0)
+    model = AIMv2(replace(config, positions="sincos"))
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta_1, config.beta_2))
+    side = config.image_size // config.patch_size
+    constant = config.batch_size * side * side
+
+    def step(area, shapes):
+        grid = torch.tensor([best_grid(*shape, area) for shape in shapes])
+        T = config.max_tokens
+        patches = torch.randint(256, (len(grid), area, config.patch_dim), dtype=torch.uint8)
+        batch = Batch(patches, grid, torch.randint(config.vocab_size, (len(grid), T)), torch.full((len(grid),), T),
+                      slice(0, len(grid)), len(grid))
+        prefix_len = step_prefix_len(grid.prod(dim=1), 0, 0, batch.rows, batch.global_size)
+        begin = time.perf_counter()
+        with runtime.autocast():
+            losses = model(batch, prefix_len)
+            loss = losses.total(config.alpha, losses.image_count, losses.text_count)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - begin, int(grid.prod(dim=1).sum()), len(grid)
+
+    totals = {"fixed": np.zeros(3), "native": np.zeros(3)}
+    for i, area in enumerate(draw_areas(1, 26, 5, 8)):
+        fixed = step(side * side, [(1, 1)] * config.batch_size)
+        native = step(int(area), shapes[rng.integers(len(shapes), size=constant // area)])
+        if i >= 2:
+            totals["fixed"] += fixed
+            totals["native"] += native
+    rates = {name: patches / s for name, (s, patches, _) in totals.items()}
+    captions = totals["native"][2] / totals["fixed"][2]
+    print(f"  training, {constant} patches a batch: fixed {rates['fixed']:.0f} valid patches/s, native (areas 2^5 .. 2^8) "
+          f"{rates['native']:.0f} ({rates['native'] / rates['fixed']:.2f} of it), with {captions:.2f} times as many captions")
+
+
+def bench_index(shards=100, samples=10_000):
+    """A million samples in 100 tars (links to one file): the first start makes the sidecars, later ones map them."""
+    with tempfile.TemporaryDirectory() as folder:
+        with ShardWriter(folder, samples) as writer:
+            for i in range(samples):
+                writer.write(f"{i:06d}", b"image", "jpg", "caption", {})
+        for k in range(1, shards):
+            Path(folder, f"{k:05d}.tar").hardlink_to(Path(folder, "00000.tar"))
+        seconds_of = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            found = Shards(folder)
+            seconds_of.append(time.perf_counter() - begin)
+        size = sum(p.stat().st_size for p in Path(folder).glob("*.npy"))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for i in np.random.default_rng(0).integers(len(found), size=2000):
+            assert found.image(int(i)) == b"image"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"index, {len(found):,} samples in {shards} tars: {size / len(found):.0f} bytes a sample on disk, first start "
+          f"{seconds_of[0]:.1f} s, later starts {seconds_of[1] * 1e3:.0f} ms; 2,000 random reads grew memory by {grown:.1f} MiB")
+
+
 def apart(function, *args):
     """Run in a process of its own: its peak memory and its allocator are then nobody else's."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=args)
@@ -216,7 +288,7 @@ def main(argv):
     if "--help" in argv:
         print(__doc__)
         return
-    modes = [flag for flag in argv if flag in ("--step", "--data", "--captions")]
+    modes = [flag for flag in argv if flag in ("--step", "--captions", "--data", "--native", "--index")]
     config = Config.from_flags([*(f"--{k}={v}" for k, v in SMALL.items() if not any(a.startswith("--preset=") for a in argv)),
                                 *(flag for flag in argv if flag not in modes)])
     settings = {"device": config.device, "compile": config.compile}
@@ -230,6 +302,10 @@ def main(argv):
         apart(bench_captions, {**settings, "dtype": "float32"})
     if "--data" in modes:
         bench_data()
+    if "--native" in modes:
+        apart(bench_native, config, {**settings, "dtype": config.dtype})
+    if "--index" in modes:
+        bench_index()
 
 
 if __name__ == "__main__":

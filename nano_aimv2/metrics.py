@@ -56,7 +56,7 @@ class Window:
 
     def __init__(self, config, device):
         self.config, self.device = config, device
-        self.images = self.flops = self.data_s = self.steps = 0
+        self.images = self.flops = self.data_s = self.steps = self.places = self.patches = 0
         self.begin = time.perf_counter()
 
     def add(self, batches, data_s):
@@ -64,15 +64,20 @@ class Window:
         for batch in batches:
             size, area, length = *batch.patches.shape[:2], batch.tokens.shape[1]
             self.images += size
+            self.places += size * area
+            self.patches += int(batch.grid.prod(dim=1).sum())
             self.flops += size * train_flops(self.config, area, length, area / 2, float(batch.num_tokens.sum()) / size)
         self.data_s += data_s
         self.steps += 1
 
     def rates(self, runtime):
-        """step_ms, data_ms, img_per_s of all ranks together, and mfu where the device's peak is known."""
+        """step_ms, data_ms, img_per_s of all ranks together; padding (its share of the patches) in native batches; mfu where
+        the device's peak is known."""
         seconds = time.perf_counter() - self.begin
-        images, flops = runtime.sum(self.images, self.flops)
+        images, flops, places, patches = runtime.sum(self.images, self.flops, self.places, self.patches)
         rates = {"step_ms": 1e3 * seconds / self.steps, "data_ms": 1e3 * self.data_s / self.steps, "img_per_s": images / seconds}
+        if self.config.native_area:
+            rates["padding"] = 1 - patches / places
         peak = peak_flops(self.device)
         return rates | ({"mfu": flops / seconds / (peak * runtime.world)} if peak else {})
 

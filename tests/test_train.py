@@ -248,6 +248,15 @@ def test_bf16_matmuls_stay_close_to_float32():
     assert float(rough.image_sum) == pytest.approx(float(exact.image_sum), rel=0.03)
 
 
+# The bench
+
+
+def test_the_bench_counts_a_step():
+    out = run_script("-m", "nano_aimv2.bench", "--step", "--preset=toy", "--batch_size=2", "--dtype=float32").stdout
+    assert "encoder 192 x 3" in out and "matmuls" in out and "images/s" in out and "GiB" in out
+    assert "bench: unknown flag --stepz" in run_script("-m", "nano_aimv2.bench", "--stepz=1", check=False).stderr
+
+
 # sample.py
 
 
