@@ -65,7 +65,7 @@ def main(argv):
 
     # The loop
     log = metrics.MetricsLog(Path(config.run) / "metrics.jsonl", first_step) if runtime.is_main else None
-    loader = iter(make_loader(data, first_step, config.num_workers, pin=runtime.device.type == "cuda"))
+    loader = make_loader(data, first_step, config.num_workers, pin=runtime.device.type == "cuda")
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not (runtime.is_main and sys.stderr.isatty()))
     window = metrics.Window(config, runtime.device)
@@ -189,9 +189,11 @@ def ask_to_stop(*_):
 ask_to_stop.asked = False
 
 if __name__ == "__main__":
+    failure = None
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {type(error).__name__}: {error}")
+        failure = f"train.py: {type(error).__name__}: {error}"
     finally:
         distributed.stop()
+    sys.exit(failure)

@@ -245,8 +245,8 @@ PRESETS = {
     # Real photographs on one machine: a folder packed by data/pack.py, small pictures, half an hour on two cores.
     # python data/pack.py PHOTOS --out=data/photos && python train.py --preset=photos
     "photos": {"data": "data/photos:synthetic:1,data/photos:alt:1", "image_size": 32, "patch_size": 4, "crop_scale": 0.5,
-               "flip": True, "embed_dim": 192, "num_blocks": 6, "num_heads": 6, "decoder_dim": 192, "decoder_blocks": 3,
-               "decoder_heads": 6, "batch_size": 32, "lr": 6e-4, "warmup_steps": 200, "steps": 8000, "eval_images": 1000},
+               "flip": True, "embed_dim": 128, "num_blocks": 6, "num_heads": 4, "decoder_dim": 128, "decoder_blocks": 2,
+               "decoder_heads": 4, "batch_size": 32, "lr": 1e-3, "warmup_steps": 200, "steps": 8500, "eval_images": 1000},
     # A laptop's CPU, minutes: small colour scenes, made on the first run. python train.py
     "toy": {},
     # Encoder sizes of the paper's Table 1; `base` exists in Apple's code only (its peak lr is not given: L's is used).

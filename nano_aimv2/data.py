@@ -12,6 +12,10 @@ workers, see the same global batch; and there is no loader state to lose.
 Way: shards -> **Batch** -> encoder and decoder. Source: paper Table 2 (mixture), Table A1 (crops). Lesson: 07.
 """
 
+import contextlib
+import queue
+import signal
+import threading
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -280,15 +284,55 @@ def read_in_order(source, config, tokenizer, count, batch_size):
 
 
 def make_loader(data, first_step, num_workers, pin):
-    """Micro-batches from `first_step` on, read ahead by `num_workers` processes (0: read when asked for)."""
+    """Micro-batches from `first_step` on, read by `num_workers` processes (0: by a thread), a few ahead of their use."""
     order = range(first_step * data.config.grad_accum, len(data))
-    return torch.utils.data.DataLoader(
+    return read_ahead(torch.utils.data.DataLoader(
         data, batch_size=None, sampler=order, num_workers=num_workers, pin_memory=pin,
-        prefetch_factor=4 if num_workers else None, worker_init_fn=one_thread if num_workers else None)
+        prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker if num_workers else None))
 
 
-def one_thread(_):
+def start_worker(_):
+    """A data worker computes on one thread. A request to stop reaches every process; a worker then leaves the training
+    process ten seconds to save and go, since a worker that dies at once would be taken for an accident."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def read_ahead(batches, depth=2):
+    """Iterate in a thread, so that a step need not wait while a batch comes over from its worker; errors come along.
+
+    When the reader stops early, so does the thread, and the workers with it.
+    """
+    ready, closed = queue.Queue(depth), threading.Event()
+
+    def put(item):
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def fill():
+        try:
+            for batch in batches:
+                put(batch)
+                if closed.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # whatever it is, the reader shall see it
+            put(error)
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()
 
 
 def describe(data):

@@ -71,17 +71,16 @@ def caption(model, patches, grid, tokenizer, prompt="", temperature=0.0, top_k=0
     generator = torch.Generator().manual_seed(seed)
     results = [None] * len(patches)
     for n, rows in by_size(grid):
-        ids, log_probs = decode_words(model, patches[rows, :n], grid[rows], prompt_ids, limit, tokenizer, cached,
+        features = model.encoder(pixels_to_float(patches[rows, :n], model.config.pixel_mean, model.config.pixel_std), grid[rows])
+        ids, log_probs = decode_words(model.decoder, features, prompt_ids, limit, tokenizer, cached,
                                       lambda logits: choose(logits, temperature, top_k, top_p, generator))
         for row, line, log_prob in zip(rows.tolist(), ids.tolist(), log_probs.tolist(), strict=True):
             results[row] = Caption(tokenizer.decode(line), log_prob, line)
     return results
 
 
-def decode_words(model, patches, grid, prompt_ids, limit, tokenizer, cached, pick):
-    """The loop of `caption` for images of n patches each: -> (ids i64[B, <=limit], log-probabilities f[B])."""
-    config, decoder = model.config, model.decoder
-    features = model.encoder(pixels_to_float(patches, config.pixel_mean, config.pixel_std), grid)
+def decode_words(decoder, features, prompt_ids, limit, tokenizer, cached, pick):
+    """The loop of `caption` for features f[B, n, De]: -> (ids i64[B, <=limit], log-probabilities f[B])."""
     B, n = features.shape[:2]
     ids = torch.tensor(prompt_ids, dtype=torch.long, device=features.device).expand(B, -1)
     x = torch.cat([decoder.connector(features), decoder.embed_text(ids)], dim=1)

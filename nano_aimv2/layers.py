@@ -43,9 +43,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == torch.float32:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
             return RMSNormFunction.apply(x, self.weight)
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)  # one fused kernel on GPUs
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)  # one kernel on GPUs
 
 
 class KVCache:
@@ -71,15 +71,14 @@ def attend(q, k, v, bias, causal):
 
     On a CPU, short sequences are trained fastest with the formula written out, and bf16 pays in the linear layers only.
     """
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            if torch.is_grad_enabled() and k.shape[2] <= WRITTEN_OUT:
-                if causal:
-                    bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
-                scores = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5)
-                return (scores if bias is None else scores.add_(bias)).softmax(dim=-1) @ v
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+            return attend(q.float(), k.float(), v.float(), bias, causal)
+    if q.device.type == "cpu" and k.shape[2] <= WRITTEN_OUT and torch.is_grad_enabled():
+        if causal:
+            bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
+        scores = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5)
+        return (scores if bias is None else scores.add_(bias)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
 
 

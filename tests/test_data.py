@@ -68,7 +68,7 @@ def test_a_batch_is_the_same_from_any_reader_and_after_any_resume(scenes):
     expected = [data[k] for k in range(6)]
     assert all(same(a, b) for a, b in zip(expected, (training_data(scenes, crop_scale=0.5, flip=True)[k] for k in range(6)),
                                           strict=True))
-    resumed = iter(make_loader(training_data(scenes, crop_scale=0.5, flip=True), 3, 0, False))
+    resumed = make_loader(training_data(scenes, crop_scale=0.5, flip=True), 3, 0, False)
     assert all(same(a, next(resumed)) for a in expected[3:])
     assert not same(expected[0], expected[1])
     assert not same(expected[0], training_data(scenes, crop_scale=0.5, flip=True, seed=1)[0])

@@ -93,16 +93,18 @@ def test_a_killed_run_resumes_bit_for_bit(trained, tiny_flags, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_sigterm_saves_and_exits_0(tiny_flags, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_to_all_its_processes_saves_and_exits_0(workers, tiny_flags, tmp_path):
     folder = tmp_path / "stopped"
     flags = [flag for flag in tiny_flags if not flag.startswith("--steps")] + ["--steps=5000", "--save_every=100000"]
-    process = subprocess.Popen([sys.executable, "train.py", *flags, f"--run={folder}"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "train.py", *flags, f"--num_workers={workers}", f"--run={folder}"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "asked to stop" in output, output
+    assert process.returncode == 0 and "asked to stop" in output and "Traceback" not in output, output
     step = int((folder / "checkpoints/latest").read_text().removeprefix("step-"))
     assert step >= 1
 
