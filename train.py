@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from nano_aimv2 import checkpoint, distributed, metrics
 from nano_aimv2.config import Config
-from nano_aimv2.data import TrainingData, describe, make_loader, parse_mixture
+from nano_aimv2.data import TrainingData, describe, parse_mixture
 from nano_aimv2.evaluate import Evaluation, held_out_sources
+from nano_aimv2.loader import make_loader
 from nano_aimv2.model import AIMv2
 from nano_aimv2.optim import lr_at, make_optimizer
 from nano_aimv2.prefix_mask import step_prefix_len
@@ -34,7 +35,6 @@ def main(argv):
     say = tqdm.write if runtime.is_main else lambda line: None
     if runtime.is_main:
         make_toy_data(config)
-        checkpoint.claim_run(config)
     runtime.barrier()
 
     # Data
@@ -42,13 +42,15 @@ def main(argv):
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
                          f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
-    if runtime.is_main:
-        tokenizer.save(config.run)
     data = TrainingData(config, tokenizer, runtime.rank, runtime.world)
     held_out = {split: Evaluation(source, config, tokenizer, config.eval_images)
                 for split, source in held_out_sources(config).items()}
-    for line in describe(data):
+    for line in [*describe(data), *(f"left out: {line}" for e in held_out.values() for line in e.skipped)]:
         say(line)
+    if runtime.is_main:
+        checkpoint.claim_run(config)
+        tokenizer.save(config.run)
+    runtime.barrier()
 
     # Model, optimizer, and where the run left off
     torch.manual_seed(config.seed)
@@ -65,10 +67,10 @@ def main(argv):
 
     # The loop
     log = metrics.MetricsLog(Path(config.run) / "metrics.jsonl", first_step) if runtime.is_main else None
-    loader = make_loader(data, first_step, config.num_workers, pin=runtime.device.type == "cuda")
+    loader = make_loader(data, first_step * config.grad_accum, config.num_workers, pin=runtime.device.type == "cuda")
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not (runtime.is_main and sys.stderr.isatty()))
-    window = metrics.Window(config, runtime.device)
+    window, skipped = metrics.Window(config, runtime.device), 0
     for step in range(first_step, config.steps + 1):
         last = step == config.steps
         if held_out and (last or (step > first_step and config.eval_every and step % config.eval_every == 0)):
@@ -122,15 +124,16 @@ def main(argv):
 
         # Log
         window.add(batches, data_s)
-        for batch in batches:
-            for line in batch.skipped:
-                say(f"step {step}: skipped {line}")
+        for line in (line for batch in batches for line in batch.skipped):
+            tqdm.write(f"step {step}: skipped {line}")  # by the rank that met it
+            skipped += 1
         bar.update()
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            text_sum, image_sum, stats_sum = runtime.sum(*sums)
+            text_sum, image_sum, stats_sum, skipped_all = runtime.sum(*sums, skipped)
             text, image = text_sum / text_count, image_sum / image_count
             row = dict(step=step + 1, loss=text + config.alpha * image, loss_text=text, loss_image=image,
-                       loss_stats=stats_sum / image_count, lr=lr, grad_norm=grad_norm, **window.rates(runtime))
+                       loss_stats=stats_sum / image_count, lr=lr, grad_norm=grad_norm, skipped=int(skipped_all),
+                       **window.rates(runtime))
             if log:
                 log.write(**row)
                 line = f"text {text:.3f}, image {image:.3f}, {row['img_per_s']:.0f} images/s"

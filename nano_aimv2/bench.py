@@ -27,9 +27,10 @@ from PIL import Image
 
 from nano_aimv2 import distributed
 from nano_aimv2.config import Config
-from nano_aimv2.data import Batch, TrainingData, make_loader
+from nano_aimv2.data import Batch, TrainingData
 from nano_aimv2.generate import decode_words
 from nano_aimv2.images import crop_box
+from nano_aimv2.loader import make_loader
 from nano_aimv2.metrics import peak_flops, train_flops
 from nano_aimv2.model import AIMv2
 from nano_aimv2.native_res import best_grid, draw_areas

@@ -12,11 +12,6 @@ workers, see the same global batch; and there is no loader state to lose.
 Way: shards -> **Batch** -> encoder and decoder. Source: paper Table 2 (mixture), Table A1 (crops). Lesson: 07.
 """
 
-import contextlib
-import queue
-import signal
-import threading
-from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -244,7 +239,7 @@ def to_patches(pixels, p):
     return pixels.reshape(rows, p, cols, p, 3).swapaxes(1, 2).reshape(rows * cols, p * p * 3)
 
 
-def collate(images, ids, area, p, rows, size, skipped):
+def collate(images, ids, area, p, rows, size, skipped=()):
     """Pixels of each image and ids of each caption -> Batch of `area` patches an image."""
     patches = np.zeros((len(images), area, p * p * 3), dtype=np.uint8)
     grid = np.array([(pixels.shape[0] // p, pixels.shape[1] // p) for pixels in images], dtype=np.int64)
@@ -252,16 +247,18 @@ def collate(images, ids, area, p, rows, size, skipped):
         image = to_patches(pixels, p)
         row[: len(image)] = image
     tokens, num_tokens = pad_tokens(ids)
-    return Batch(*map(torch.from_numpy, (patches, grid, tokens, num_tokens)), rows, size, skipped)
+    return Batch(*map(torch.from_numpy, (patches, grid, tokens, num_tokens)), rows, size, list(skipped))
 
 
-def read_in_order(source, config, tokenizer, count, batch_size):
-    """The first `count` readable samples of a source in order, whole or centre-cropped, for evaluation.
+def read_in_order(source, config, tokenizer, count):
+    """The first `count` readable samples of a source in order, centre-cropped, for evaluation.
 
-    Yields: (Batch, samples), `samples` the indexes into `source.shards`. Unreadable ones are left out and named.
+    Returns: (pixels of each u8[H, W, 3], token ids of each, their indexes in `source.shards`, names of those left out).
     """
-    images, ids, kept, skipped, total = [], [], [], [], 0
+    images, ids, kept, skipped = [], [], [], []
     for sample in range(len(source.shards)):
+        if len(kept) == count:
+            break
         try:
             token_ids = tokenizer.encode(pick_caption(source, sample), config.max_tokens)
             pixels = evaluation_pixels(open_image(source.shards.image(sample)), config)
@@ -271,82 +268,17 @@ def read_in_order(source, config, tokenizer, count, batch_size):
         images.append(pixels)
         ids.append(token_ids)
         kept.append(sample)
-        total += 1
-        if len(images) == batch_size or total == count:
-            area = fixed_grid(config)[0] ** 2
-            yield collate(images, ids, area, config.patch_size, slice(0, len(images)), len(images), skipped), kept
-            images, ids, kept, skipped = [], [], [], []
-        if total == count:
-            return
-    if images:
-        area = fixed_grid(config)[0] ** 2
-        yield collate(images, ids, area, config.patch_size, slice(0, len(images)), len(images), skipped), kept
-
-
-def make_loader(data, first_step, num_workers, pin):
-    """Micro-batches from `first_step` on, read by `num_workers` processes (0: by a thread), a few ahead of their use."""
-    order = range(first_step * data.config.grad_accum, len(data))
-    return read_ahead(torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=order, num_workers=num_workers, pin_memory=pin,
-        prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker if num_workers else None))
-
-
-def start_worker(_):
-    """A data worker computes on one thread. A request to stop reaches every process; a worker then leaves the training
-    process ten seconds to save and go, since a worker that dies at once would be taken for an accident."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-def read_ahead(batches, depth=2):
-    """Iterate in a thread, so that a step need not wait while a batch comes over from its worker; errors come along.
-
-    When the reader stops early, so does the thread, and the workers with it.
-    """
-    ready, closed = queue.Queue(depth), threading.Event()
-
-    def put(item):
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def fill():
-        try:
-            for batch in batches:
-                put(batch)
-                if closed.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # whatever it is, the reader shall see it
-            put(error)
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join()
+    return images, ids, kept, skipped
 
 
 def describe(data):
     """Lines that say what will be read: sources, shares, epochs, and what the shards hold that is no sample."""
-    rows = int(data.sizes.sum())
-    lines = []
+    rows, lines = int(data.sizes.sum()), []
+    if len(data.sources) > 1:
+        lines.append(f"a mixture of {len(data.sources)} sources, their weights scaled to sum to 1:")
     for source in data.sources:
         epochs = rows * source.weight / len(source.shards)
         bad = {reason: n for reason, n in source.shards.report.items() if n}
         lines.append(f"{source.path} ({source.kind}): {len(source.shards):,} samples, {source.weight:.1%} of the mixture, "
                      f"{epochs:.1f} epochs" + (f"; passed over: {bad}" if bad else ""))
     return lines
-
-
-def count_reasons(skipped):
-    """'name: Reason: text' lines -> Counter of reasons."""
-    return Counter(line.rsplit(": ", 2)[-2] for line in skipped)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nano_aimv2.data import open_sources, parse_mixture, pick_caption, read_in_order
+from nano_aimv2.data import collate, fixed_grid, open_sources, parse_mixture, pick_caption, read_in_order
 from nano_aimv2.generate import caption
 from nano_aimv2.prefix_mask import step_prefix_len
 
@@ -26,15 +26,17 @@ class Evaluation:
 
     def __init__(self, source, config, tokenizer, count, batch_size=64):
         self.config, self.tokenizer = config, tokenizer
-        self.batches, self.captions, self.label_names = [], [], []
-        for batch, samples in read_in_order(source, config, tokenizer, count, batch_size):
-            self.batches.append(batch)
-            self.captions += [pick_caption(source, sample) for sample in samples]
-            self.label_names += [source.shards.metadata(sample).get("label_name") for sample in samples]
-        if not self.batches:
+        images, ids, samples, self.skipped = read_in_order(source, config, tokenizer, count)
+        if not samples:
             raise ValueError(f"{source.path}: none of its {len(source.shards)} samples has a readable image and a "
-                             f"{source.kind} caption")
-        self.skipped = [line for batch in self.batches for line in batch.skipped]
+                             f"{source.kind} caption, the last: {self.skipped[-1]}")
+        area = fixed_grid(config)[0] ** 2
+        self.batches = []
+        for i in range(0, len(samples), batch_size):
+            size = len(samples[i : i + batch_size])
+            self.batches.append(collate(images[i : i + size], ids[i : i + size], area, config.patch_size, slice(0, size), size))
+        self.captions = [pick_caption(source, sample) for sample in samples]
+        self.label_names = [source.shards.metadata(sample).get("label_name") for sample in samples]
 
     @torch.no_grad()
     def losses(self, model, runtime):

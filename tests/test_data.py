@@ -11,7 +11,8 @@ from conftest import tiny_config
 from PIL import Image
 
 from nano_aimv2 import shards
-from nano_aimv2.data import TrainingData, deal, describe, make_loader, open_sources, parse_mixture, permuted, read_in_order
+from nano_aimv2.data import TrainingData, deal, describe, open_sources, parse_mixture, permuted, read_in_order
+from nano_aimv2.loader import make_loader
 from nano_aimv2.native_res import best_grid, draw_areas
 from nano_aimv2.shards import Shards, ShardWriter, find_shards
 from nano_aimv2.tokenizer import Tokenizer
@@ -136,7 +137,8 @@ def test_the_description_counts_epochs_and_shares(tmp_path):
     folder = simple_shards(tmp_path / "a", 10)
     config = tiny_config(data=f"{folder}:alt:1,{folder}:synthetic:3", batch_size=8, steps=10)
     lines = describe(TrainingData(config, Tokenizer(config.tokenizer)))
-    assert "25.0%" in lines[0] and "2.0 epochs" in lines[0] and "6.0 epochs" in lines[1]
+    assert "scaled to sum to 1" in lines[0]
+    assert "25.0%" in lines[1] and "2.0 epochs" in lines[1] and "6.0 epochs" in lines[2]
 
 
 # Shards as other tools write them, and as they break
@@ -241,6 +243,16 @@ def test_damaged_members_are_named_and_replaced_and_the_batch_stays_full(tmp_pat
     assert same(batches[0], again[0]), "the replacement too is a function of the address"
 
 
+def test_a_damaged_json_is_skipped_where_it_is_needed(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.json", b'{"synthetic": ["long"]}'), ("b.png", png()), ("b.json", b"{oops"),
+                                   ("c.png", png()), ("c.json", b"[1]"), ("d.png", png()), ("d.json", b'{"synthetic": "one"}')])
+    config = tiny_config(data=f"{tmp_path}:synthetic:1", batch_size=4, steps=1)
+    batch = TrainingData(config, Tokenizer(config.tokenizer))[0]
+    assert len(batch.patches) == 4
+    assert any("b.png: ValueError: unreadable JSON" in line for line in batch.skipped)
+    assert any("c.png: ValueError: JSON holds a list" in line for line in batch.skipped)
+
+
 def test_a_source_without_the_captions_asked_for_stops_with_the_reason(tmp_path):
     write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.txt", b"x")])
     config = tiny_config(data=f"{tmp_path}:synthetic:1", batch_size=2)
@@ -253,9 +265,10 @@ def test_evaluation_reads_in_order_leaves_out_the_damaged_and_names_them(tmp_pat
                                    ("c.png", png(3, (40, 30))), ("c.txt", b"three")])
     config = tiny_config()
     (source,) = open_sources(f"{tmp_path}:alt")
-    found = list(read_in_order(source, config, Tokenizer(config.tokenizer), 10, 64))
-    assert len(found) == 1 and found[0][1] == [0, 2] and found[0][0].patches.shape == (2, 25, 48)
-    assert "b.png" in found[0][0].skipped[0]
+    images, ids, samples, skipped = read_in_order(source, config, Tokenizer(config.tokenizer), 10)
+    assert samples == [0, 2] and [image.shape for image in images] == [(20, 20, 3)] * 2 and len(ids) == 2
+    assert len(skipped) == 1 and "b.png" in skipped[0]
+    assert read_in_order(source, config, Tokenizer(config.tokenizer), 1)[2] == [0]
 
 
 def test_an_interrupted_writer_leaves_no_shard_that_looks_whole(tmp_path):

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["config", "patchify", "prefix_mask", "positions", "layers", "tokenizer", "optim", "distributed", "metrics", "plots",
-     "images", "shards", "native_res"],
+     "images", "shards", "native_res", "loader"],
     ["encoder", "decoder", "losses", "data"],
     ["model"],
     ["generate", "evaluate", "probe", "checkpoint", "hub", "encode"],

@@ -171,6 +171,12 @@ def test_accumulated_micro_batches_train_like_the_whole(trained, tiny_flags, tmp
         assert whole[1:] == pytest.approx(parts[1:], abs=1e-4 if whole[0] > 5 else 1e-5)
 
 
+def test_a_native_run_logs_its_padding(tiny_flags, tmp_path):
+    run_script("train.py", *tiny_flags, "--native_area=3,5", "--crop_scale=0.5", "--steps=4", f"--run={tmp_path}/native")
+    rows = [row for row in read_metrics(tmp_path / "native/metrics.jsonl") if "loss" in row]
+    assert len(rows) == 4 and all(0 <= row["padding"] < 0.4 for row in rows) and len({row["img_per_s"] for row in rows}) == 4
+
+
 # Bad input
 
 
