@@ -244,8 +244,9 @@ def test_damaged_members_are_named_and_replaced_and_the_batch_stays_full(tmp_pat
 
 
 def test_a_damaged_json_is_skipped_where_it_is_needed(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.json", b'{"synthetic": ["long"]}'), ("b.png", png()), ("b.json", b"{oops"),
-                                   ("c.png", png()), ("c.json", b"[1]"), ("d.png", png()), ("d.json", b'{"synthetic": "one"}')])
+    texts = {"a": b'{"synthetic": ["long"]}', "b": b"{oops", "c": b"[1]", "d": b'{"synthetic": "one"}'}
+    members = [((f"{key}.png", png()), (f"{key}.json", text)) for key, text in texts.items()]
+    write_tar(tmp_path / "x.tar", [member for pair in members for member in pair])
     config = tiny_config(data=f"{tmp_path}:synthetic:1", batch_size=4, steps=1)
     batch = TrainingData(config, Tokenizer(config.tokenizer))[0]
     assert len(batch.patches) == 4
