@@ -207,8 +207,9 @@ class TrainingData(torch.utils.data.Dataset):
         """A training view: random crop, resized to the batch's grid, perhaps mirrored -> u8[H, W, 3]."""
         config, p = self.config, self.config.patch_size
         width, height = upright_size(image)
-        box = crop_box(width, height, config.crop_scale, rng)
-        grid = fixed_grid(config) if self.areas is None else best_grid(box[2] - box[0], box[3] - box[1], area)
+        native = self.areas is not None
+        box = crop_box(width, height, config.crop_scale, rng, aspect=width / height if native else 1.0)
+        grid = best_grid(box[2] - box[0], box[3] - box[1], area) if native else fixed_grid(config)
         pixels = resize(image, (grid[1] * p, grid[0] * p), box)
         return pixels[:, ::-1] if config.flip and rng.random() < 0.5 else pixels
 

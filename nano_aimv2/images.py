@@ -41,22 +41,23 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def crop_box(width, height, min_area, rng):
+def crop_box(width, height, min_area, rng, aspect=1.0):
     """RandomResizedCrop's box (left, top, right, bottom): area uniform on [min_area, 1], ratio log-uniform on [3/4, 4/3].
 
-    Args: width, height in pixels; min_area: 1 gives the whole image; rng: a numpy Generator.
+    Args: width, height in pixels; min_area: 1 gives the whole image; rng: a numpy Generator; aspect: what the ratio of
+        width to height is multiplied by (native resolution: the image's own).
     After ten boxes that do not fit, the largest centred box of an allowed ratio.
     """
     if min_area >= 1:
         return 0, 0, width, height
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        ratio = aspect * math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    return centre_box(width, height, min(max(width / height, 3 / 4), 4 / 3))
+    return centre_box(width, height, min(max(width / height, aspect * 3 / 4), aspect * 4 / 3))
 
 
 def centre_box(width, height, ratio):

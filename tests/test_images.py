@@ -97,6 +97,13 @@ def test_crop_boxes_keep_area_and_ratio_within_bounds():
             assert (w * h).min() > 0.39 * width * height and (w * h).std() > 0.1 * width * height
 
 
+def test_native_crops_keep_the_pictures_own_proportions():
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(900, 300, 0.4, rng, aspect=3.0) for _ in range(200)])
+    ratios = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    assert ratios.min() > 2.2 and ratios.max() < 4.1
+
+
 def test_extreme_pictures_get_a_legal_crop():
     rng = np.random.default_rng(0)
     for size in ((1, 4000), (4000, 1), (1, 1)):
