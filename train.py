@@ -47,6 +47,8 @@ def main(argv):
                 for split, source in held_out_sources(config).items()}
     for line in [*describe(data), *(f"left out: {line}" for e in held_out.values() for line in e.skipped)]:
         say(line)
+    if not held_out:
+        say("nothing is held out: there is no val folder beside the training shards; give --val_data=PATH:KIND to validate")
     if runtime.is_main:
         checkpoint.claim_run(config)
         tokenizer.save(config.run)
@@ -181,8 +183,8 @@ def finish(config, held_out, log):
     loss_curves(metrics.read_metrics(log.path), folder / "loss.png", config.vocab_size, config.patch_dim)
     if held_out:
         held_out_page(config.run, folder / "samples.png")
-    print(f"see {folder}/loss.png and {folder}/samples.png; captions of your own pictures: python sample.py --run={config.run} "
-          "--image=FILE")
+    print(f"see {folder}/loss.png{f' and {folder}/samples.png' if held_out else ''}; captions of your own pictures: "
+          f"python sample.py --run={config.run} --image=FILE")
 
 
 def ask_to_stop(*_):

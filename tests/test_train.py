@@ -171,6 +171,13 @@ def test_accumulated_micro_batches_train_like_the_whole(trained, tiny_flags, tmp
         assert whole[1:] == pytest.approx(parts[1:], abs=1e-4 if whole[0] > 5 else 1e-5)
 
 
+def test_a_run_without_held_out_data_says_so(scenes, tiny_flags, tmp_path):
+    flags = [flag for flag in tiny_flags if not flag.startswith("--data=")]
+    done = run_script("train.py", *flags, f"--data={scenes}/train:alt", "--steps=2", f"--run={tmp_path}/run")
+    assert "nothing is held out" in done.stdout + done.stderr and (tmp_path / "run/loss.png").exists()
+    assert not (tmp_path / "run/samples.png").exists()
+
+
 def test_a_native_run_logs_its_padding(tiny_flags, tmp_path):
     run_script("train.py", *tiny_flags, "--native_area=3,5", "--crop_scale=0.5", "--steps=4", f"--run={tmp_path}/native")
     rows = [row for row in read_metrics(tmp_path / "native/metrics.jsonl") if "loss" in row]
