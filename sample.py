@@ -152,7 +152,7 @@ def held_out_page(run, out, count=8, device="cpu"):
         found = generate.caption(model, patches, grid, tokenizer)
         captioned += [(p[0], c.text, written) for p, c, written in zip(pictures, found, batch.captions, strict=True)]
         completed += pictures
-    samples_page(captioned, completed, out, f"{config.run}: images it has never seen, seed {config.seed}")
+    samples_page(captioned, completed, out, f"{Path(run).name}: images it has never seen, seed {config.seed}")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def test_q_k_v_are_initialised_each_by_itself_and_heads_are_small():
     model = AIMv2(tiny_config(embed_dim=96, decoder_dim=128))
     qkv = model.encoder.trunk.blocks[0].attn.qkv.weight
     bound = math.sqrt(6 / (96 + 96))
-    assert bound * 0.98 < float(qkv.abs().max()) <= bound
+    assert bound * 0.98 < qkv.abs().max().item() <= bound
     assert float(model.decoder.text_head.weight.std()) == pytest.approx((3 * 128) ** -0.5, rel=0.05)
     assert float(model.decoder.text_positions.std()) == pytest.approx(0.01, rel=0.1)
 
