@@ -43,7 +43,11 @@ def loss_curves(rows, path, vocab_size, patch_dim):
                 axis.plot([r["step"] for r in held_out], [r[f"val_loss_{term}"] for r in held_out], "o", ms=4, color="black",
                           label=f"held out: {held_out[-1][f'val_loss_{term}']:.3f} at the end")
             axis.axhline(chance, color=GREY, lw=1, ls="--", label=f"{label} = {chance:.2f}")
-            axis.set(xlabel="step", ylabel=unit, ylim=(0, chance * 1.1), title=f"{term} loss")
+            axis.set(xlabel="step", ylabel=unit, title=f"{term} loss")
+            if term == "text":  # falls by orders of magnitude
+                axis.set(yscale="log", ylim=(None, chance * 1.4))
+            else:
+                axis.set(ylim=(0, chance * 1.2))
             axis.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
         figure.savefig(path)
         plt.close(figure)
