@@ -191,7 +191,7 @@ class TrainingData(torch.utils.data.Dataset):
                 break
             else:
                 raise ValueError(f"{TRIES} samples in a row of {source.path} ({source.kind}) could not be read, the last: "
-                                 f"{skipped[-1]}; check the shards and the caption kind")
+                                 f"{skipped[-1]}; check the shards, and the caption kind in --data=PATH:KIND:WEIGHT")
         return collate(images, ids, area, self.config.patch_size, rows, size, skipped)
 
     def address(self, row, k, i, attempt):

@@ -29,7 +29,8 @@ class Evaluation:
         images, ids, samples, self.skipped = read_in_order(source, config, tokenizer, count)
         if not samples:
             raise ValueError(f"{source.path}: none of its {len(source.shards)} samples has a readable image and a "
-                             f"{source.kind} caption, the last: {self.skipped[-1]}")
+                             f"{source.kind} caption, the last: {self.skipped[-1]}; for another caption kind write "
+                             "--data=PATH:alt:1 or PATH:synthetic:1")
         area = fixed_grid(config)[0] ** 2
         self.batches = []
         for i in range(0, len(samples), batch_size):
