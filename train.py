@@ -49,16 +49,16 @@ def main(argv):
         say(line)
     if not held_out:
         say("nothing is held out: there is no val folder beside the training shards; give --val_data=PATH:KIND to validate")
-    if runtime.is_main:
-        checkpoint.claim_run(config)
-        tokenizer.save(config.run)
-    runtime.barrier()
 
     # Model, optimizer, and where the run left off
     torch.manual_seed(config.seed)
     model = AIMv2(config)
     if config.init:
         checkpoint.load_weights(model, Path(config.init) / "model.safetensors")
+    if runtime.is_main:
+        checkpoint.claim_run(config)
+        tokenizer.save(config.run)
+    runtime.barrier()
     trained = distributed.parallelize(model, runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta_1, config.beta_2))
     objective = [p for name, p in model.named_parameters() if "stats_head" not in name]  # whose gradient norm is clipped

@@ -198,6 +198,7 @@ def test_a_native_run_logs_its_padding(tiny_flags, tmp_path):
 def test_train_says_what_is_wrong_in_one_line(flags, message, scenes, tmp_path):
     done = run_script("train.py", f"--data={scenes}:alt:1", "--device=cpu", f"--run={tmp_path}/x", *flags, check=False)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "x").exists(), "a start that fails claims no run folder"
 
 
 def test_weights_of_another_shape_are_listed(trained, tmp_path):
