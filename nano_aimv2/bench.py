@@ -68,13 +68,11 @@ def matmul_seconds():
     return seconds(lambda: a @ a, torch.device("cpu"))
 
 
-def full_batch(config, size):
-    """Random pixels and captions that fill their length: the most work that a batch can be."""
-    side = config.image_size // config.patch_size
-    T = config.max_tokens
-    return Batch(torch.randint(256, (size, side * side, config.patch_dim), dtype=torch.uint8),
-                 torch.full((size, 2), side), torch.randint(config.vocab_size, (size, T)), torch.full((size,), T),
-                 slice(0, size), size)
+def full_batch(config, grid, area):
+    """Random pixels on grids i64[B, 2] of at most `area` patches, and captions that fill their length."""
+    size, T = len(grid), config.max_tokens
+    return Batch(torch.randint(256, (size, area, config.patch_dim), dtype=torch.uint8), grid,
+                 torch.randint(config.vocab_size, (size, T)), torch.full((size,), T), slice(0, size), size)
 
 
 def bench_step(config, settings):
@@ -84,7 +82,8 @@ def bench_step(config, settings):
     model = AIMv2(config)
     trained = distributed.parallelize(model, runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta_1, config.beta_2))
-    batch = full_batch(config, config.batch_size)
+    side = config.image_size // config.patch_size
+    batch = full_batch(config, torch.full((config.batch_size, 2), side), side * side)
     num_patches = batch.grid.prod(dim=1)
     prefix_len = step_prefix_len(num_patches, 0, 0, batch.rows, batch.global_size)
     image_count, text_count = int((num_patches - prefix_len).sum()), int(batch.num_tokens.sum())
@@ -227,10 +226,7 @@ def bench_native(config, settings):
 
     def step(area, shapes):
         grid = torch.tensor([best_grid(*shape, area) for shape in shapes])
-        T = config.max_tokens
-        patches = torch.randint(256, (len(grid), area, config.patch_dim), dtype=torch.uint8)
-        batch = Batch(patches, grid, torch.randint(config.vocab_size, (len(grid), T)), torch.full((len(grid),), T),
-                      slice(0, len(grid)), len(grid))
+        batch = full_batch(config, grid, area)
         prefix_len = step_prefix_len(grid.prod(dim=1), 0, 0, batch.rows, batch.global_size)
         begin = time.perf_counter()
         with runtime.autocast():

@@ -261,6 +261,7 @@ def read_in_order(source, config, tokenizer, count):
         if len(kept) == count:
             break
         try:
+            source.shards.metadata(sample)  # holds the label's name: a broken .json is met here and not by who asks for it
             token_ids = tokenizer.encode(pick_caption(source, sample), config.max_tokens)
             pixels = evaluation_pixels(open_image(source.shards.image(sample)), config)
         except Exception as error:  # as in training: named, and the run goes on

@@ -47,7 +47,7 @@ class Evaluation:
             prefix_len = step_prefix_len(batch.grid.prod(dim=1), EVAL_SEED, i, batch.rows, batch.global_size)
             mine = rows_of_rank(batch, runtime)
             with runtime.autocast():
-                out = model(take(batch, mine).to(runtime.device), prefix_len[mine].to(runtime.device))
+                out = model(batch.map(lambda t, mine=mine: t[mine]).to(runtime.device), prefix_len[mine].to(runtime.device))
             for k, value in enumerate((out.text_sum, out.text_count, out.image_sum, out.image_count)):
                 sums[k] += float(value)
         text_sum, text_count, image_sum, image_count = runtime.sum(*sums)
@@ -90,17 +90,11 @@ def rows_of_rank(batch, runtime):
     return slice(size * runtime.rank // runtime.world, size * (runtime.rank + 1) // runtime.world)
 
 
-def take(batch, rows):
-    """Some rows of a batch, as a batch."""
-    return type(batch)(batch.patches[rows], batch.grid[rows], batch.tokens[rows], batch.num_tokens[rows], batch.rows,
-                       batch.global_size)
-
-
 def held_out_sources(config):
     """What to validate on: {name: Source}, empty if there is nothing.
 
-    `val_data` if it is given, else the folder `val` of the first source (and `novel`, which the toy set has); captions of
-    the kind that has the largest weight.
+    `val_data` if it is given, else the folder `val` (and `novel`, which the toy set has) of the source with the largest
+    weight, with captions of its kind.
     """
     if config.val_data:
         return {"val": open_sources(config.val_data, "val")[0]}

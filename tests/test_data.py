@@ -12,6 +12,7 @@ from PIL import Image
 
 from nano_aimv2 import shards
 from nano_aimv2.data import TrainingData, deal, describe, open_sources, parse_mixture, permuted, read_in_order
+from nano_aimv2.evaluate import Evaluation
 from nano_aimv2.loader import make_loader
 from nano_aimv2.native_res import best_grid, draw_areas
 from nano_aimv2.shards import Shards, ShardWriter, find_shards
@@ -270,6 +271,14 @@ def test_evaluation_reads_in_order_leaves_out_the_damaged_and_names_them(tmp_pat
     assert samples == [0, 2] and [image.shape for image in images] == [(20, 20, 3)] * 2 and len(ids) == 2
     assert len(skipped) == 1 and "b.png" in skipped[0]
     assert read_in_order(source, config, Tokenizer(config.tokenizer), 1)[2] == [0]
+
+
+def test_a_held_out_sample_with_a_broken_json_is_left_out_and_the_run_goes_on(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("a.txt", b"one"), ("b.png", png(2)), ("b.txt", b"two"),
+                                   ("b.json", b"{oops")])
+    config = tiny_config()
+    evaluation = Evaluation(open_sources(f"{tmp_path}:alt")[0], config, Tokenizer(config.tokenizer), 10)
+    assert evaluation.captions == ["one"] and "b.png: ValueError: unreadable JSON" in evaluation.skipped[0]
 
 
 def test_an_interrupted_writer_leaves_no_shard_that_looks_whole(tmp_path):
