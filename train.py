@@ -2,6 +2,7 @@
 
     python train.py                                          # the toy run: data made on first use, minutes on two cores
     python train.py --preset=toy --steps=200 --run=runs/try  # every setting is --key=value; --help lists them
+    python train.py --preset=3b --dry_run                    # parameters, FLOPs, memory a rank, days: nothing is trained
     torchrun --nproc_per_node=8 -- train.py --preset=large   # the paper's AIMv2-L on 8 GPUs (-- lets torchrun pass --run on)
 
 A run lives in runs/NAME: config.json, metrics.jsonl, checkpoints, model.safetensors, loss.png, samples.png. Started
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nano_aimv2 import checkpoint, distributed, metrics
+from nano_aimv2 import budget, checkpoint, distributed, metrics
 from nano_aimv2.config import Config
 from nano_aimv2.data import TrainingData, describe, parse_mixture
 from nano_aimv2.evaluate import Evaluation, held_out_sources
@@ -29,6 +30,10 @@ from nano_aimv2.tokenizer import Tokenizer
 
 
 def main(argv):
+    if any(flag.startswith("--dry_run") for flag in argv):
+        budget.main(argv)
+        return
+
     # Settings, processes, run folder
     config = Config.from_flags(argv)
     runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
@@ -73,15 +78,20 @@ def main(argv):
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not (runtime.is_main and sys.stderr.isatty()))
     window, skipped = metrics.Window(config, runtime.device), 0
+    unchecked = None
     for step in range(first_step, config.steps + 1):
         last = step == config.steps
-        if held_out and (last or (step > first_step and config.eval_every and step % config.eval_every == 0)):
+        evaluating, saving = (last or bool(every and step > first_step and step % every == 0)
+                              for every in (config.eval_every, config.save_every))
+        if evaluating or saving:
+            unchecked = check_finite(unchecked, data, config, scaler)
+        if evaluating and held_out:
             row = evaluate(model, trained, held_out, runtime)
             say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
             if log:
                 log.write(step=step, **row)
             window = metrics.Window(config, runtime.device)
-        if last or (step > first_step and config.save_every and step % config.save_every == 0):
+        if saving:
             checkpoint.save(config.run, step, model, optimizer, runtime, config.keep)
         if last:
             break
@@ -91,38 +101,27 @@ def main(argv):
         batches = [next(loader) for _ in range(config.grad_accum)]
         data_s = time.perf_counter() - begin
         prefixes = [step_prefix_len(b.grid.prod(dim=1), config.seed, step, b.rows, b.global_size) for b in batches]
-        image_count, text_count, stops = runtime.sum(
-            sum(int((b.grid.prod(dim=1) - m).sum()) for b, m in zip(batches, prefixes, strict=True)),
-            sum(int(b.num_tokens.sum()) for b in batches), ask_to_stop.asked)
+        counts = count_targets(batches, prefixes)
+        image_count, text_count, stops = runtime.sum(*(sum(c) for c in zip(*counts, strict=True)), ask_to_stop.asked)
         if stops:
             say(f"asked to stop: saving step {step}")
+            check_finite(unchecked, data, config, scaler)
             checkpoint.save(config.run, step, model, optimizer, runtime, config.keep)
             return
 
-        # Forward and backward; DDP and FSDP average over ranks where we want the sum
-        sums = torch.zeros(3, dtype=torch.float64)
-        for i, (batch, prefix_len) in enumerate(zip(batches, prefixes, strict=True)):
-            with distributed.sync_gradients(trained, runtime, is_last=i == config.grad_accum - 1):
-                with runtime.autocast():
-                    losses = trained(batch.to(runtime.device), prefix_len.to(runtime.device))
-                    loss = losses.total(config.alpha, image_count, text_count) * runtime.world
-                scaler.scale(loss).backward()
-            sums += torch.stack([losses.text_sum, losses.image_sum, losses.stats_sum]).detach().double().cpu()
-
         # Step
+        sums = backward(trained, batches, prefixes, counts, (image_count, text_count), config, runtime, scaler)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(objective, config.clip_grad)
-        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-        if not math.isfinite(grad_norm) and not scaler.is_enabled():
-            raise FloatingPointError(f"step {step}: gradient norm {grad_norm}, text loss sum {sums[0]:.4g}, image loss sum "
-                                     f"{sums[1]:.4g}; the last checkpoint is good: lower --lr (now {config.lr}) or look at the "
-                                     "batch of this step")
+        grad_norm = grad_norm.full_tensor() if runtime.is_sharded else grad_norm
         lr = lr_at(step, config.lr, config.min_lr, config.warmup_steps, config.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        check_finite(unchecked, data, config, scaler)  # the step before this one, while the device computes this one
+        unchecked = step, distributed.ReadLater(torch.cat([sums, grad_norm.reshape(1).to(sums)]))
 
         # Log
         window.add(batches, data_s)
@@ -134,7 +133,7 @@ def main(argv):
             text_sum, image_sum, stats_sum, skipped_all = runtime.sum(*sums, skipped)
             text, image = text_sum / text_count, image_sum / image_count
             row = dict(step=step + 1, loss=text + config.alpha * image, loss_text=text, loss_image=image,
-                       loss_stats=stats_sum / image_count, lr=lr, grad_norm=grad_norm, skipped=int(skipped_all),
+                       loss_stats=stats_sum / image_count, lr=lr, grad_norm=float(grad_norm), skipped=int(skipped_all),
                        **window.rates(runtime))
             if log:
                 log.write(**row)
@@ -153,6 +152,50 @@ def main(argv):
     runtime.barrier()
 
 
+def count_targets(batches, prefixes):
+    """(patches, tokens) to predict in each micro-batch."""
+    return [(int((b.grid.prod(dim=1) - m).sum()), int(b.num_tokens.sum())) for b, m in zip(batches, prefixes, strict=True)]
+
+
+def backward(trained, batches, prefixes, counts, total_counts, config, runtime, scaler):
+    """Forward and backward of a step's micro-batches: adds to .grad, exchanged over ranks after the last of them.
+
+    Args: counts: (image, text) targets of each micro-batch; total_counts: of all micro-batches and ranks together.
+    Returns: f[3] on the device, this rank's sums of the text, image and statistics losses.
+    """
+    sums = 0
+    for i, (batch, prefix_len) in enumerate(zip(batches, prefixes, strict=True)):
+        with distributed.sync_gradients(trained, runtime, is_last=i == len(batches) - 1):
+            with runtime.autocast():
+                losses = trained(batch.to(runtime.device), prefix_len.to(runtime.device), counts[i])
+                # DDP and FSDP average over ranks where we want the sum
+                loss = losses.total(config.alpha, *total_counts) * runtime.world
+            scaler.scale(loss).backward()
+        sums = sums + torch.stack([losses.text_sum, losses.image_sum, losses.stats_sum]).detach()
+    return sums
+
+
+def check_finite(unchecked, data, config, scaler):
+    """Stop the run if the numbers of `unchecked` (step, ReadLater) are not finite; the norm is the same on every rank.
+
+    Raises: FloatingPointError that names the step, the term and this rank's samples.
+    """
+    if unchecked is None:
+        return
+    step, report = unchecked
+    numbers = dict(zip(("text loss", "image loss", "statistics loss", "gradient norm"), report.read(), strict=True))
+    if scaler.is_enabled():
+        del numbers["gradient norm"]  # float16: the scaler skips such a step and lowers its factor
+    if all(map(math.isfinite, numbers.values())):
+        return
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    names = [name for part in range(config.grad_accum) for name in data.names(step * config.grad_accum + part)]
+    raise FloatingPointError(
+        f"step {step}: not finite: {', '.join(bad)} ({', '.join(f'{k} {v:.4g}' for k, v in numbers.items())}, sums of rank "
+        f"{data.rank}); its samples: {', '.join(names[:16])}{f' and {len(names) - 16} more' if len(names) > 16 else ''}. "
+        f"The last checkpoint is good: lower --lr (now {config.lr}), or look at these samples")
+
+
 def make_toy_data(config):
     """Draw the toy scenes where a run asks for them and they are not there."""
     for source in parse_mixture(config.data):
@@ -169,7 +212,7 @@ def evaluate(model, trained, held_out, runtime):
         suffix = "" if split == "val" else f"_{split}"
         row["val_loss_text" + suffix], row["val_loss_image" + suffix] = evaluation.losses(trained, runtime)
         known = "novel" in held_out or any(evaluation.label_names)  # the toy set, or pictures with labels
-        if known and runtime.is_main and runtime.parallel != "fsdp":  # a sharded model cannot be called by one rank alone
+        if known and runtime.is_main and not runtime.is_sharded:  # a sharded model cannot be called by one rank alone
             row |= {name + suffix: score for name, score in evaluation.caption_scores(model, runtime).items()}
     return row
 

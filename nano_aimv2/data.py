@@ -163,12 +163,24 @@ class TrainingData(torch.utils.data.Dataset):
         return self.config.steps * self.config.grad_accum
 
     def __getitem__(self, k):
+        return self.read(*self.place(k))
+
+    def names(self, k):
+        """The samples of micro-batch k by shard and key (what replaced a damaged one is not looked up)."""
+        start, rows, _, _ = self.place(k)
+        absolute = np.arange(start + rows.start, start + rows.stop)
+        which, nth = deal(self.sources, self.config.seed, absolute)
+        return [self.sources[s].shards.name(self.address(int(row), int(s), int(i), 0)[0])
+                for row, s, i in zip(absolute, which, nth, strict=True)]
+
+    def place(self, k):
+        """Micro-batch k in the run: the row that begins its step, its rows of that step, the step's rows and area."""
         step, part = divmod(k, self.config.grad_accum)
         parts, mine = self.world * self.config.grad_accum, self.rank * self.config.grad_accum + part
         size = int(self.sizes[step])
         rows = slice(size * mine // parts, size * (mine + 1) // parts)
         area = self.area if self.areas is None else int(self.areas[step])
-        return self.read(int(self.starts[step]), rows, size, area)
+        return int(self.starts[step]), rows, size, area
 
     def read(self, start, rows, size, area):
         """Rows of the global batch of `size` rows that begins at row `start` of the run, as a Batch of `area` patches."""

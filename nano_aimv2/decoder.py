@@ -27,7 +27,7 @@ class Decoder(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, D)
         self.bos = nn.Parameter(torch.empty(D))
         self.text_positions = nn.Parameter(torch.empty(config.max_tokens + 1, D))
-        self.trunk = Trunk(D, config.decoder_blocks, config.decoder_heads, config.decoder_mlp_hidden_dim)
+        self.trunk = Trunk(D, config.decoder_blocks, config.decoder_heads, config.decoder_mlp_hidden_dim, config.recompute)
         self.pixel_head = nn.Linear(D, config.patch_dim, bias=False)
         self.text_head = nn.Linear(D, config.vocab_size, bias=False)
         self.stats_head = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 2))

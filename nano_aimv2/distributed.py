@@ -30,23 +30,27 @@ class Runtime:
     world: int
     device: torch.device
     dtype: torch.dtype  # of the matmuls
-    parallel: str  # none, ddp or fsdp
+    parallel: str  # none, ddp, fsdp or hybrid
     compile: bool
 
     @property
     def is_main(self):
         return self.rank == 0
 
+    @property
+    def is_sharded(self):
+        """Each rank holds a slice of the weights only."""
+        return self.parallel in ("fsdp", "hybrid")
+
     def autocast(self):
         """Matmuls in `dtype`, everything that needs it in float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, *values):
-        """Numbers summed over all ranks, as a list of floats."""
+        """Numbers summed over all ranks, as a list of floats. Numbers of the CPU are summed there: no GPU is waited for."""
         if self.world == 1:
             return [float(v) for v in values]
         total = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        total = total.to(self.device if self.device.type != "mps" else "cpu")
         dist.all_reduce(total)
         return total.tolist()
 
@@ -66,11 +70,12 @@ def start(device="auto", dtype="auto", parallel="auto", compile="auto"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=TIMEOUT_MINUTES))
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(minutes=TIMEOUT_MINUTES))
     if parallel == "auto":
         parallel = "ddp" if world > 1 else "none"
     elif parallel == "none" and world > 1:
-        raise ValueError(f"parallel=none with {world} processes would train {world} models: use --parallel=ddp or fsdp")
+        raise ValueError(f"parallel=none with {world} processes would train {world} models: use --parallel=ddp, fsdp or hybrid")
     elif parallel != "none" and world == 1:
         parallel = "none"  # one process has nobody to share with
     dtype = getattr(torch, choose_dtype(dtype, device))
@@ -85,6 +90,21 @@ def stop():
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class ReadLater:
+    """Numbers of the device, copied now and read a step later, when they have long come: reading them stops nothing."""
+
+    def __init__(self, numbers):
+        self.copy = numbers.detach().to("cpu", non_blocking=numbers.is_cuda)
+        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy.tolist()
 
 
 def choose_device(name, local_rank=0):
@@ -145,20 +165,26 @@ def parallelize(model, runtime):
     if runtime.parallel == "ddp":
         ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    if runtime.parallel == "fsdp":
+    if runtime.is_sharded:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        shape = (runtime.world,)
+        if runtime.parallel == "hybrid":  # slices within a node, whole copies on every node
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+            shape = (runtime.world // local, local)
+        mesh = init_device_mesh(runtime.device.type, shape)
         param_dtype = None if runtime.dtype == torch.float32 else runtime.dtype
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*blocks, model):
-            fully_shard(part, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
 
 @contextlib.contextmanager
 def sync_gradients(model, runtime, is_last):
     """Exchange gradients only in the backward pass of a step's last micro-batch."""
-    if runtime.parallel == "fsdp":
+    if runtime.is_sharded:
         model.set_requires_gradient_sync(is_last)
     with model.no_sync() if runtime.parallel == "ddp" and not is_last else contextlib.nullcontext():
         yield

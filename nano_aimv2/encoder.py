@@ -26,7 +26,7 @@ class Encoder(nn.Module):
             self.positions = LearnedPositions(config.image_size // config.patch_size, D)
         else:
             self.positions = SinCosPositions(D)
-        self.trunk = Trunk(D, config.num_blocks, config.num_heads, config.mlp_hidden_dim)
+        self.trunk = Trunk(D, config.num_blocks, config.num_heads, config.mlp_hidden_dim, config.recompute)
 
     def embed(self, patches, grid):
         """Patches to block inputs: f[B, A, P], grid i64[B, 2] -> f[B, A, De]."""

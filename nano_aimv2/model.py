@@ -45,12 +45,13 @@ class AIMv2(nn.Module):
             nn.init.trunc_normal_(head.weight, std=head_std)
         nn.init.zeros_(decoder.stats_head[-1].weight)
 
-    def forward(self, batch, prefix_len):
+    def forward(self, batch, prefix_len, num_targets=(None, None)):
         """One training pass.
 
         Args:
             batch: patches u8[B, A, P], grid i64[B, 2], tokens i64[B, T] (EOS included), num_tokens i64[B].
             prefix_len: i64[B], M in 1 .. n-1.
+            num_targets: how many patches and tokens are targets; given, no GPU is stopped to count them.
         Returns: Losses, sums and counts of this batch.
         """
         config, decoder = self.config, self.decoder
@@ -59,15 +60,22 @@ class AIMv2(nn.Module):
         features = self.encoder(patches, batch.grid, prefix_len)  # f[B, A, De]
         image_states, text_states = decoder(features, num_patches, batch.tokens[:, :-1])  # f[B, A, Dd], f[B, T, Dd]
 
-        # State j predicts patch j+1. Only rows that have a target reach the heads.
-        is_target = is_image_target(prefix_len, num_patches, patches.shape[1])  # bool[B, A], never True at patch 0
-        states = image_states[:, :-1][is_target[:, 1:]]  # f[K, Dd]
-        target, mean, std = normalize_patches(patches[is_target])  # f[K, P], f[K, 1], f[K, 1]
+        # State j predicts patch j+1 (patch 0 is never a target). Only rows that have a target reach the heads.
+        is_target = is_image_target(prefix_len, num_patches, patches.shape[1])  # bool[B, A]
+        rows = true_rows(is_target, num_targets[0])  # i64[K], into B*A
+        states = image_states.flatten(0, 1)[rows - 1]  # f[K, Dd]
+        target, mean, std = normalize_patches(patches.flatten(0, 1)[rows])  # f[K, P], f[K, 1], f[K, 1]
         image_sum, image_count = image_loss(decoder.pixel_head(states), target)
         stats_sum = stats_loss(decoder.stats_head(states.detach()), mean, std)
 
         # Text state t predicts token t: BOS the first, the last word EOS.
         target = text_targets(batch.tokens, batch.num_tokens)  # i64[B, T]
-        is_text = target != IGNORE
-        text_sum, text_count = text_loss(decoder.text_head(text_states[is_text]), target[is_text])
+        rows = true_rows(target != IGNORE, num_targets[1])  # i64[K], into B*T
+        text_sum, text_count = text_loss(decoder.text_head(text_states.flatten(0, 1)[rows]), target.flatten()[rows])
         return Losses(image_sum, image_count, text_sum, text_count, stats_sum)
+
+
+def true_rows(mask, count=None):
+    """Where a mask bool[B, L] is True, as i64[K] into its B*L places; K is counted unless it is known."""
+    mask = mask.flatten()
+    return mask.nonzero_static(size=int(mask.sum()) if count is None else count).flatten()

@@ -12,7 +12,7 @@ LAYERS = [
     ["encoder", "decoder", "losses", "data"],
     ["model"],
     ["generate", "evaluate", "probe", "checkpoint", "hub", "encode"],
-    ["bench", "study"],
+    ["bench", "study", "budget"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 PACKAGES = {"torch", "numpy", "tiktoken", "PIL", "matplotlib", "tqdm", "safetensors", "nano_aimv2"}
