@@ -1,10 +1,12 @@
 """Bench: how fast, in numbers that can be compared.
 
-    python -m nano_aimv2.bench                 # a training step, float32 and default precision, and captioning
+    python -m nano_aimv2.bench                 # training steps of two models, float32 and default precision, and captioning
     python -m nano_aimv2.bench --data          # the data loader against a bare Pillow loop over the same files
     python -m nano_aimv2.bench --native        # native-resolution batches against fixed ones, and how much of them is padding
     python -m nano_aimv2.bench --index         # shards of a million samples: bytes and seconds before the first batch
-    python -m nano_aimv2.bench --step --preset=large --batch_size=64 --device=cuda      # any preset's training step
+    python -m nano_aimv2.bench --attention     # prefix attention three ways, at 256, 1024 and 4096 patches
+    python -m nano_aimv2.bench --step --preset=large --batch_size=64 --device=cuda      # any preset: eager and compiled,
+        # images/s, MFU and peak memory; --compile=false, --recompute=true, --dtype=float32 and every other setting
 
 Times of shared machines drift, so a step is also printed in the time of one 1536 x 1536 x 1536 float32 matmul taken in
 the same process ("in matmuls"), and everything that is compared is measured in one run.
@@ -30,18 +32,22 @@ from nano_aimv2.config import Config
 from nano_aimv2.data import Batch, TrainingData
 from nano_aimv2.generate import decode_words
 from nano_aimv2.images import crop_box
+from nano_aimv2.layers import mask_to_bias
 from nano_aimv2.loader import make_loader
 from nano_aimv2.metrics import peak_flops, train_flops
 from nano_aimv2.model import AIMv2
 from nano_aimv2.native_res import best_grid, draw_areas
 from nano_aimv2.optim import make_optimizer
-from nano_aimv2.prefix_mask import step_prefix_len
+from nano_aimv2.prefix_mask import prefix_mask, step_prefix_len
 from nano_aimv2.shards import Shards, ShardWriter
 from nano_aimv2.tokenizer import Tokenizer
 
 # The small model on which Apple's released training code takes 30 matmuls a step in float32 and 22 in bf16 (Zen 4, 2 cores).
 SMALL = dict(image_size=64, patch_size=8, embed_dim=192, num_blocks=6, num_heads=3, decoder_dim=192, decoder_blocks=4,
              decoder_heads=3, vocab_size=512, max_tokens=33, batch_size=64, positions="learned")
+# And the one on which it takes 92 and 53.
+MEDIUM = dict(image_size=224, patch_size=14, embed_dim=384, num_blocks=12, num_heads=6, decoder_dim=384, decoder_blocks=6,
+              decoder_heads=6, vocab_size=32000, max_tokens=78, batch_size=8, positions="learned")
 
 
 def seconds(action, device, repeats=10, warm_up=2):
@@ -91,13 +97,13 @@ def bench_step(config, settings):
 
     def step():
         with runtime.autocast():
-            loss = trained(batch, prefix_len).total(config.alpha, image_count, text_count)
+            loss = trained(batch, prefix_len, (image_count, text_count)).total(config.alpha, image_count, text_count)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    s = seconds(step, runtime.device)
+    s = seconds(step, runtime.device, repeats=10 if len(batch.patches) * side**2 > 3000 else 30)
     size, area, length = *batch.patches.shape[:2], batch.tokens.shape[1]
     flops = size * train_flops(config, area, length, image_count / size, text_count / size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -108,9 +114,44 @@ def bench_step(config, settings):
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         unit, speed = f"{s / matmul_seconds():6.1f} matmuls ", f"{flops / s / 1e9:.0f} GFLOP/s"
-    name = str(runtime.dtype).removeprefix("torch.")
-    print(f"  {parameters / 1e6:8.2f}M {name:9s} {s * 1e3:8.1f} ms {unit}{size / s:8.1f} images/s  {flops / 1e9:.1f} GFLOP, "
+    name = f"{str(runtime.dtype).removeprefix('torch.')}{', compiled' if runtime.compile else ''}"
+    print(f"  {parameters / 1e6:8.2f}M {name:19s} {s * 1e3:8.1f} ms {unit}{size / s:8.1f} images/s  {flops / 1e9:.1f} GFLOP, "
           f"{speed}  {memory:.2f} GiB", flush=True)
+
+
+def bench_attention(settings):
+    """Prefix attention of AIMv2-L (8 heads of 128), forward and backward, 2^14 patches a batch: ms and the ratio to the first.
+
+    Attention is 4% of a block's arithmetic at 256 patches, 14% at 1,024 and 39% at 4,096: that is all there is to gain.
+    """
+    runtime = distributed.start(**settings)
+    on_gpu = runtime.device.type == "cuda"
+    for N in (256, 1024, 4096):
+        B = max(1, (2**14 if on_gpu else 2**12) // N)
+        q, k, v = (torch.randn(B, 8, N, 128, device=runtime.device, dtype=runtime.dtype, requires_grad=True) for _ in range(3))
+        prefix_len = step_prefix_len(torch.full((B,), N), 0, 0, slice(0, B), B)
+        bias = mask_to_bias(prefix_mask(prefix_len.to(runtime.device), N)).to(runtime.dtype)
+        lengths = prefix_len.tolist()
+        ways = {"mask": lambda q, k, v, bias=bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+                "two calls": lambda q, k, v, lengths=lengths: attend_in_two_calls(q, k, v, lengths),
+                "causal only (a bound)": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+        if on_gpu:  # its backward pass exists on GPUs only
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            M = prefix_len.to(runtime.device)
+            block_mask = create_block_mask(lambda b, h, i, j, M=M: (j <= i) | (j < M[b]), B, None, N, N, runtime.device)
+            flex = torch.compile(flex_attention, dynamic=False)
+            ways["FlexAttention"] = lambda q, k, v, block_mask=block_mask, flex=flex: flex(q, k, v, block_mask=block_mask)
+        times = {name: seconds(lambda way=way: way(q, k, v).sum().backward(), runtime.device, 5) for name, way in ways.items()}
+        print(f"prefix attention, {B} x {N} patches: " + ", ".join(
+            f"{name} {s * 1e3:.2f} ms ({s / times['mask']:.2f})" for name, s in times.items()), flush=True)
+
+
+def attend_in_two_calls(q, k, v, lengths):
+    """Prefix attention without a mask: causal for all, then each prefix sees itself freely. q, k, v f[B, heads, N, hd]."""
+    causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return torch.stack([torch.cat([F.scaled_dot_product_attention(*(t[b : b + 1, :, :M] for t in (q, k, v)))[0],
+                                   causal[b, :, M:]], dim=1) for b, M in enumerate(lengths)])
 
 
 def bench_captions(settings):
@@ -285,22 +326,31 @@ def main(argv):
     if "--help" in argv:
         print(__doc__)
         return
-    modes = [flag for flag in argv if flag in ("--step", "--captions", "--data", "--native", "--index")]
-    config = Config.from_flags([*(f"--{k}={v}" for k, v in SMALL.items() if not any(a.startswith("--preset=") for a in argv)),
-                                *(flag for flag in argv if flag not in modes)])
+    modes = [flag for flag in argv if flag in ("--step", "--captions", "--data", "--native", "--index", "--attention")]
+    rest = [flag for flag in argv if flag not in modes]
+    bases = [{}] if any(flag.startswith("--preset=") for flag in rest) else [SMALL, MEDIUM]
+    configs = [Config.from_flags([*(f"--{k}={v}" for k, v in base.items()), *rest]) for base in bases]
+    config = configs[0]
     settings = {"device": config.device, "compile": config.compile}
     if not modes or "--step" in modes:
-        print(f"training step, encoder {config.embed_dim} x {config.num_blocks}, decoder {config.decoder_dim} x "
-              f"{config.decoder_blocks}, {config.image_size} px, patch {config.patch_size}, batch {config.batch_size}, "
-              f"{torch.get_num_threads()} threads")
-        for dtype in dict.fromkeys(("float32", config.dtype)):
-            apart(bench_step, config, {**settings, "dtype": dtype})
+        for config in configs:
+            print(f"training step, encoder {config.embed_dim} x {config.num_blocks}, decoder {config.decoder_dim} x "
+                  f"{config.decoder_blocks}, {config.image_size} px, patch {config.patch_size}, batch {config.batch_size}, "
+                  f"{torch.get_num_threads()} threads", flush=True)
+            on_gpu = distributed.choose_device(config.device).type == "cuda"
+            compiled = {"false": ["false"], "true": ["false", "true"], "auto": ["false", "true"][: 1 + on_gpu]}[config.compile]
+            for dtype in dict.fromkeys(("bfloat16" if on_gpu else "float32", config.dtype)):
+                for compile in compiled:
+                    apart(bench_step, config, {**settings, "dtype": dtype, "compile": compile})
+        config = configs[0]
     if not modes or "--captions" in modes:
         apart(bench_captions, {**settings, "dtype": "float32"})
     if "--data" in modes:
         bench_data()
     if "--native" in modes:
         apart(bench_native, config, {**settings, "dtype": config.dtype})
+    if "--attention" in modes:
+        apart(bench_attention, {**settings, "dtype": config.dtype})
     if "--index" in modes:
         bench_index()
 

@@ -173,7 +173,7 @@ def parallelize(model, runtime):
         if runtime.parallel == "hybrid":  # slices within a node, whole copies on every node
             local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
             shape = (runtime.world // local, local)
-        mesh = init_device_mesh(runtime.device.type, shape)
+        mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=("nodes", "ranks")[-len(shape):])
         param_dtype = None if runtime.dtype == torch.float32 else runtime.dtype
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*blocks, model):

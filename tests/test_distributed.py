@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from test_train import curve
 
 from nano_aimv2 import budget, distributed
+from nano_aimv2.bench import attend_in_two_calls
 from nano_aimv2.config import PRESETS, Config
 from nano_aimv2.layers import WRITTEN_OUT, Block
 from nano_aimv2.model import AIMv2
+from nano_aimv2.prefix_mask import prefix_mask
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -176,3 +178,12 @@ def test_a_dry_run_prints_and_trains_nothing(tmp_path):
     for flags, message in ((["--world=0"], "--world=0 must be a number above 0"), (["--wrld=8"], "unknown flag --wrld")):
         done = run_script("train.py", "--dry_run", *flags, check=False)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_prefix_attention_in_two_calls_is_prefix_attention_under_a_mask():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 2, 11, 8)
+    M = torch.tensor([1, 4, 11])
+    masked = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=prefix_mask(M, 11))
+    difference = float((attend_in_two_calls(q, k, v, M.tolist()) - masked).abs().max())
+    assert difference < 1e-6, difference
