@@ -10,8 +10,8 @@ LAYERS = [
     ["config", "patchify", "prefix_mask", "positions", "layers", "tokenizer", "optim", "distributed", "metrics", "plots",
      "images", "shards", "native_res", "loader"],
     ["encoder", "decoder", "losses", "data"],
-    ["model"],
-    ["generate", "evaluate", "probe", "checkpoint", "hub", "encode"],
+    ["model", "hub"],
+    ["generate", "evaluate", "probe", "checkpoint", "encode"],
     ["bench", "study"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
