@@ -19,6 +19,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         D = config.embed_dim
         self.proj = nn.Linear(config.patch_dim, D)
         self.norm = RMSNorm(D)
@@ -43,6 +44,8 @@ class Encoder(nn.Module):
         """
         if prefix_len is None:
             prefix_len = grid.prod(dim=1)  # M = n: everyone sees every valid patch
+            if bool((prefix_len == patches.shape[1]).all()):  # no padding: all may attend to all, and no mask is fastest
+                return self.trunk(self.embed(patches, grid))
         return self.masked_trunk(self.embed(patches, grid), prefix_len)
 
     def masked_trunk(self, x, prefix_len):

@@ -107,3 +107,32 @@ def wrap(text, width=34):
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + word
     return "\n".join(lines).replace("$", r"\$")
+
+
+def components_page(pictures, path):
+    """Pictures beside the first three principal components of their patch features.
+
+    Args: pictures: [(pixels u8[H, W, 3], colours f[rows, cols, 3] in 0..1, title)], one or more; two pairs a row.
+    """
+    pairs = min(2, len(pictures))
+    rows = -(-len(pictures) // pairs)
+    width = WIDTH / (2 * pairs) if len(pictures) > 1 else WIDTH / 3
+    heights = [max(width * pixels.shape[0] / pixels.shape[1] for pixels, *_ in pictures[r * pairs : (r + 1) * pairs])
+               for r in range(rows)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, 2 * pairs, figsize=(2 * pairs * width, sum(heights) + 0.25 * rows + 0.2),
+                                    squeeze=False, layout="constrained", height_ratios=heights)
+        figure.suptitle("picture | principal components 1, 2, 3 of its patch features as red, green, blue" if len(pictures) == 1
+                        else "pictures | principal components 1, 2, 3 of all patch features together, as red, green, blue",
+                        fontsize=8)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for i, (pixels, colours, title) in enumerate(pictures):
+            left, right = axes[i // pairs, 2 * (i % pairs) : 2 * (i % pairs) + 2]
+            show_image(left, pixels, title.replace("$", r"\$")[:40])
+            # The same extent, so that a patch lies beside its pixels.
+            right.imshow(colours, interpolation="nearest", extent=(0, pixels.shape[1], pixels.shape[0], 0))
+            rows_cols = f"{colours.shape[0]} x {colours.shape[1]} patches"
+            right.set_title(rows_cols, loc="center", fontsize=7.5)
+        figure.savefig(path)
+        plt.close(figure)
