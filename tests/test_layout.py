@@ -11,7 +11,8 @@ LAYERS = [
      "images", "shards", "native_res", "loader"],
     ["encoder", "decoder", "losses", "data"],
     ["model"],
-    ["generate", "evaluate", "probe", "checkpoint", "hub", "encode"],
+    ["generate", "evaluate", "checkpoint", "hub", "encode"],
+    ["probe"],
     ["bench", "study"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
