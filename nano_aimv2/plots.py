@@ -110,17 +110,17 @@ def wrap(text, width=34):
 
 
 def probe_bars(rows, chance, path):
-    """Frozen-feature accuracy as bars with 95% intervals, one panel an attribute.
+    """Frozen-feature accuracy as bars with 95% intervals, one panel an attribute; the title counts where they are apart.
 
     Args: rows {name: {method: {attribute: {"top1", "low", "high"}}}}, the first against the others; chance {attribute: share}.
     """
     first, *others = rows
-    best = [name for name in chance
-            if all(rows[first]["attentive"][name]["low"] > rows[other]["attentive"][name]["high"] for other in others)]
+    best = [name for name in chance if all(rows[first]["attentive"][name]["low"] > rows[other][method][name]["high"]
+                                           for other in others for method in rows[other])]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(chance), figsize=(WIDTH, 3.2), layout="constrained", sharey=True, squeeze=False)
-        figure.suptitle(f"Attentive probe: {first} is above {' and '.join(others)} on "
-                        f"{', '.join(best) or 'nothing'} ({len(best)} of {len(chance)}; 95% intervals apart)")
+        figure.suptitle(f"The attentive probe of {first} beats every probe of {' and '.join(others)} on "
+                        f"{len(best)} of {len(chance)} attributes (intervals apart)", fontsize=10)
         for axis, name in zip(axes.flat, chance, strict=True):
             methods = list(rows[first])
             for i, (row, colour) in enumerate(zip(rows, (BLUE, ORANGE, GREY), strict=False)):

@@ -36,7 +36,7 @@ from torch import nn
 
 from nano_aimv2.checkpoint import load_model
 from nano_aimv2.data import evaluation_pixels, fixed_grid, parse_mixture, to_patches
-from nano_aimv2.distributed import choose_device
+from nano_aimv2.distributed import choose_device, keep_memory
 from nano_aimv2.images import open_image
 from nano_aimv2.layers import RMSNorm
 from nano_aimv2.patchify import pixels_to_float, unpatchify
@@ -420,6 +420,8 @@ def main(argv):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args(argv)
     settings = Settings(given.epochs, given.batch_size, given.k, given.seed, choose_device(given.device).type)
+    if settings.device == "cpu":
+        keep_memory()
     encoder, view = load_frozen(given.run, given.weights)
     data = given.data or (not given.weights and max(parse_mixture(view.data), key=lambda source: source.weight).path)
     if not data:
