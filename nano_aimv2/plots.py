@@ -136,3 +136,31 @@ def components_page(pictures, path):
             right.set_title(rows_cols, loc="center", fontsize=7.5)
         figure.savefig(path)
         plt.close(figure)
+
+
+def probe_bars(rows, chance, path):
+    """Frozen-feature accuracy as bars with 95% intervals, one panel an attribute; the title counts where they are apart.
+
+    Args: rows {name: {method: {attribute: {"top1", "low", "high"}}}}, the first against the others; chance {attribute: share}.
+    """
+    first, *others = rows
+    best = [name for name in chance if all(rows[first]["attentive"][name]["low"] > rows[other][method][name]["high"]
+                                           for other in others for method in rows[other])]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(chance), figsize=(WIDTH, 3.2), layout="constrained", sharey=True, squeeze=False)
+        figure.suptitle(f"The attentive probe of {first} beats every probe of {' and '.join(others)} on "
+                        f"{len(best)} of {len(chance)} attributes (intervals apart)", fontsize=10)
+        for axis, name in zip(axes.flat, chance, strict=True):
+            methods = list(rows[first])
+            for i, (row, colour) in enumerate(zip(rows, (BLUE, ORANGE, GREY), strict=False)):
+                x = np.arange(len(methods)) + (i - (len(rows) - 1) / 2) * 0.27
+                top = np.array([rows[row][m][name]["top1"] for m in methods])
+                ends = np.array([[rows[row][m][name][end] for m in methods] for end in ("low", "high")])
+                axis.bar(x, top, 0.25, color=colour, label=row)
+                axis.errorbar(x, top, np.abs(ends - top), fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
+            axis.axhline(chance[name], color="black", lw=1, ls="--", label="always the commonest class")
+            axis.set(title=name, ylim=(0, 1.02), xticks=range(len(methods)), xticklabels=methods)
+        axes[0, 0].set_ylabel("top-1 on test images")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows) + 1)
+        figure.savefig(path)
+        plt.close(figure)

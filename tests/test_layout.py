@@ -11,7 +11,8 @@ LAYERS = [
      "images", "shards", "native_res", "loader"],
     ["encoder", "decoder", "losses", "data"],
     ["model", "hub"],
-    ["generate", "evaluate", "probe", "checkpoint", "encode"],
+    ["generate", "evaluate", "checkpoint", "encode"],
+    ["probe"],
     ["bench", "study", "budget"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
