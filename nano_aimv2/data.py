@@ -230,8 +230,15 @@ def pick_caption(source, sample, rng=None):
 
 
 def evaluation_pixels(image, config):
-    """The evaluation view at fixed resolution: the centre square, resized -> u8[H, W, 3]."""
-    return resize(image, (config.image_size,) * 2, centre_box(*upright_size(image), 1.0))
+    """The evaluation view of a PIL image -> u8[H, W, 3], both sides multiples of the patch size.
+
+    Fixed resolution: the centre square, image_size pixels wide. Native: the whole image at its own aspect ratio, on the grid
+    that fills the area of such a square best.
+    """
+    if not config.native_area:
+        return resize(image, (config.image_size,) * 2, centre_box(*upright_size(image), 1.0))
+    rows, cols = best_grid(*upright_size(image), (config.image_size // config.patch_size) ** 2)
+    return resize(image, (cols * config.patch_size, rows * config.patch_size))
 
 
 def to_patches(pixels, p):
@@ -252,7 +259,7 @@ def collate(images, ids, area, p, rows, size, skipped=()):
 
 
 def read_in_order(source, config, tokenizer, count):
-    """The first `count` readable samples of a source in order, centre-cropped, for evaluation.
+    """The first `count` readable samples of a source in order, in the evaluation view.
 
     Returns: (pixels of each u8[H, W, 3], token ids of each, their indexes in `source.shards`, names of those left out).
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nano_aimv2.data import collate, fixed_grid, open_sources, parse_mixture, pick_caption, read_in_order
+from nano_aimv2.data import collate, open_sources, parse_mixture, pick_caption, read_in_order
 from nano_aimv2.generate import caption
 from nano_aimv2.prefix_mask import step_prefix_len
 
@@ -31,11 +31,11 @@ class Evaluation:
             raise ValueError(f"{source.path}: none of its {len(source.shards)} samples has a readable image and a "
                              f"{source.kind} caption, the last: {self.skipped[-1]}; for another caption kind write "
                              "--data=PATH:alt:1 or PATH:synthetic:1")
-        area = fixed_grid(config)[0] ** 2
         self.batches = []
         for i in range(0, len(samples), batch_size):
-            size = len(samples[i : i + batch_size])
-            self.batches.append(collate(images[i : i + size], ids[i : i + size], area, config.patch_size, slice(0, size), size))
+            part, p = images[i : i + batch_size], config.patch_size
+            area = max(pixels.shape[0] // p * (pixels.shape[1] // p) for pixels in part)
+            self.batches.append(collate(part, ids[i : i + batch_size], area, p, slice(0, len(part)), len(part)))
         self.captions = [pick_caption(source, sample) for sample in samples]
         self.label_names = [source.shards.metadata(sample).get("label_name") for sample in samples]
 
