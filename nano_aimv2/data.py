@@ -258,8 +258,8 @@ def collate(images, ids, area, p, rows, size, skipped=()):
     return Batch(*map(torch.from_numpy, (patches, grid, tokens, num_tokens)), rows, size, list(skipped))
 
 
-def read_in_order(source, config, tokenizer, count):
-    """The first `count` readable samples of a source in order, in the evaluation view.
+def read_in_order(source, config, tokenizer, count, accept=None):
+    """The first `count` readable samples of a source in order, in the evaluation view; `accept(image)` may pass some over.
 
     Returns: (pixels of each u8[H, W, 3], token ids of each, their indexes in `source.shards`, names of those left out).
     """
@@ -270,7 +270,10 @@ def read_in_order(source, config, tokenizer, count):
         try:
             source.shards.metadata(sample)  # holds the label's name: a broken .json is met here and not by who asks for it
             token_ids = tokenizer.encode(pick_caption(source, sample), config.max_tokens)
-            pixels = evaluation_pixels(open_image(source.shards.image(sample)), config)
+            image = open_image(source.shards.image(sample))
+            if accept and not accept(image):
+                continue
+            pixels = evaluation_pixels(image, config)
         except Exception as error:  # as in training: named, and the run goes on
             skipped.append(f"{source.shards.name(sample)}: {type(error).__name__}: {error}")
             continue
