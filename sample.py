@@ -5,18 +5,17 @@
     python sample.py --image=cat.jpg --prompt="top left" --temperature=0.8 --top_p=0.9 --seed=1
     python sample.py --image=cat.jpg --choices="a cat|a dog"            # rank captions by likelihood
     python sample.py --image=cat.jpg --complete=0.5         # keep the first half of the patches, generate the rest
+    python sample.py --run=runs/toy-native --image=panorama.png --size=96   # native: its own proportions, 96 x 96 px in area
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-
-import torch
 
 from nano_aimv2 import distributed, generate
 from nano_aimv2.checkpoint import load_model
 from nano_aimv2.config import nearest, parse
-from nano_aimv2.data import evaluation_pixels, fixed_grid, to_patches
+from nano_aimv2.data import collate, evaluation_pixels
 from nano_aimv2.evaluate import Evaluation, held_out_sources
 from nano_aimv2.images import open_image
 from nano_aimv2.patchify import unpatchify
@@ -33,6 +32,7 @@ class Options:
     seed: int = 0  # of the draws
     max_tokens: int = 0  # stop here; 0: as long as in training
     choices: str = ""  # captions to rank by likelihood, with | between (commas where there is no |)
+    size: int = 0  # show the model pictures of this many pixels a side (native runs: as many in area); 0: as in training
     complete: float = 0.0  # keep this fraction of the patches and generate the rest
     out: str = ""  # picture to write; empty: samples.png or complete.png in the run's folder
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -69,13 +69,15 @@ def main(argv):
         print(f"written: {out}")
         return
     model, config, tokenizer = load_model(options.run, device)
+    config = replace(config, image_size=options.size or config.image_size)
     names = [name for name in options.image.split(",") if name]
     images = [read_image(name, config) for name in names]
     patches, grid = as_batch(images, config, device)
     if options.choices:
         captions = [c.strip() for c in options.choices.split("|" if "|" in options.choices else ",")]
         for i, name in enumerate(names):
-            scores = generate.score(model, patches[i : i + 1], grid[i : i + 1], tokenizer, captions)
+            n = int(grid[i].prod())
+            scores = generate.score(model, patches[i : i + 1, :n], grid[i : i + 1], tokenizer, captions)
             shares = scores.softmax(dim=0).tolist()
             print(name)
             for k in scores.argsort(descending=True).tolist():
@@ -103,25 +105,34 @@ def read_image(name, config):
 
 
 def as_batch(images, config, device):
-    """Pixels of equal size -> (patches u8[B, n, P], grid i64[B, 2])."""
-    patches = torch.stack([torch.from_numpy(to_patches(pixels, config.patch_size).copy()) for pixels in images])
-    return patches.to(device), torch.tensor([fixed_grid(config)] * len(images), device=device)
+    """Pixels, of equal size or not -> (patches u8[B, A, P] with zero patches at the end of small images, grid i64[B, 2])."""
+    p = config.patch_size
+    batch = collate(images, [[0]] * len(images), max(i.shape[0] // p * (i.shape[1] // p) for i in images), p,
+                    slice(0, len(images)), len(images))
+    return batch.patches.to(device), batch.grid.to(device)
 
 
 HELD_OUT_FRACTIONS = (0.5, 0.75)  # of the patches given: half a picture, and a cut through what stands below
 
 
 def completions(model, patches, grid, fraction):
-    """[(original, given, generated, teacher-forced)] as u8[H, W, 3], for images of one grid."""
-    n = patches.shape[1]
-    num_given = min(max(1, round(fraction * n)), n - 1)
-    given = patches.clone()
-    given[:, num_given:] = 128
-    versions = (patches, given, generate.complete(model, patches, grid, num_given),
-                generate.teacher_forced(model, patches, grid, num_given))
-    rows_cols = tuple(grid[0].tolist())
-    pictures = [unpatchify(v, rows_cols, model.config.patch_size).permute(0, 2, 3, 1).cpu().numpy() for v in versions]
-    return list(zip(*pictures, strict=True))
+    """[(original, given, generated, teacher-forced)] as u8[H, W, 3], in the order of the images; those of one grid are
+    generated together."""
+    pictures = [None] * len(grid)
+    for rows_cols in grid.unique(dim=0):
+        n = int(rows_cols.prod())
+        same = (grid == rows_cols).all(dim=1).nonzero()[:, 0]
+        whole, grids = patches[same, :n], grid[same]
+        num_given = min(max(1, round(fraction * n)), n - 1)
+        given = whole.clone()
+        given[:, num_given:] = 128
+        versions = (whole, given, generate.complete(model, whole, grids, num_given),
+                    generate.teacher_forced(model, whole, grids, num_given))
+        versions = [unpatchify(v, tuple(rows_cols.tolist()), model.config.patch_size).permute(0, 2, 3, 1).cpu().numpy()
+                    for v in versions]
+        for row, images in zip(same.tolist(), zip(*versions, strict=True), strict=True):
+            pictures[row] = images
+    return pictures
 
 
 def completion_page(model, patches, grid, fraction, names, out):

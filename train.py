@@ -36,6 +36,7 @@ def main(argv):
 
     # Settings, processes, run folder
     config = Config.from_flags(argv)
+    checkpoint.check_init(config)
     runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
     say = tqdm.write if runtime.is_main else lambda line: None
     if runtime.is_main:
@@ -59,7 +60,7 @@ def main(argv):
     torch.manual_seed(config.seed)
     model = AIMv2(config)
     if config.init:
-        checkpoint.load_weights(model, Path(config.init) / "model.safetensors")
+        checkpoint.load_init(model, config)
     if runtime.is_main:
         checkpoint.claim_run(config)
         tokenizer.save(config.run)
@@ -74,6 +75,11 @@ def main(argv):
 
     # The loop
     log = metrics.MetricsLog(Path(config.run) / "metrics.jsonl", first_step) if runtime.is_main else None
+    if config.init and held_out and first_step == 0:  # what the weights can do on the new data before any step
+        row = evaluate(model, trained, held_out, runtime)
+        say("step 0: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+        if log:
+            log.write(step=0, **row)
     loader = make_loader(data, first_step * config.grad_accum, config.num_workers, pin=runtime.device.type == "cuda")
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not (runtime.is_main and sys.stderr.isatty()))
@@ -198,11 +204,12 @@ def check_finite(unchecked, data, config, scaler):
 
 def make_toy_data(config):
     """Draw the toy scenes where a run asks for them and they are not there."""
-    for source in parse_mixture(config.data):
-        if Path(source.path).name == "scenes" and not Path(source.path).exists():
-            from data.scenes import make_scenes
+    from data.scenes import SETS, make_scenes
 
-            make_scenes(source.path)
+    for source in parse_mixture(config.data):
+        folder = Path(source.path)
+        if folder.name in SETS and not folder.exists():
+            make_scenes(folder, **SETS[folder.name])
 
 
 def evaluate(model, trained, held_out, runtime):

@@ -10,10 +10,15 @@ Eight of the 64 shape-colour pairs are *novel*: they never occur in `train` and 
 `novel` has one of them. A model that names them has composed, not remembered.
 
     python data/scenes.py --out=data/scenes --train=20000         (train.py does this on the first toy run)
+
+Two further sets serve post-training (SETS): the same scenes drawn larger, and drawn in mixed sizes and shapes. What the
+words mean does not change with the picture: a place is a quarter of it, and "large" and "small" are measured against its
+short side, so that a caption is as true of a panorama as of a square.
 """
 
 import argparse
 import io
+import math
 import multiprocessing
 import os
 import shutil
@@ -31,11 +36,14 @@ from nano_aimv2.shards import ShardWriter  # noqa: E402
 COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (250, 225, 40), "green": (30, 160, 50),
            "cyan": (40, 205, 225), "blue": (30, 60, 210), "purple": (130, 40, 170), "pink": (250, 130, 190)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
-SIZES = {"small": (0.125, 0.145), "large": (0.20, 0.225)}  # radius, as a fraction of the image
+SIZES = {"small": (0.125, 0.145), "large": (0.20, 0.225)}  # radius, as a fraction of the short side
 PLACES = {"top left": (0.25, 0.25), "top right": (0.75, 0.25), "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}
 SPLITS = ("train", "val", "novel")
 NOVEL_PAIRS = tuple((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))  # each shape, each colour once
 SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in NOVEL_PAIRS)
+# What train.py draws on first use: folder name -> arguments of make_scenes. The larger pictures are fewer, to be quick.
+SETS = {"scenes": {}, "scenes_highres": {"train": 10_000, "size": 96},
+        "scenes_native": {"train": 10_000, "size": 96, "aspect": 3.0}}
 OVERSAMPLING = 4  # masks are drawn so many times larger and averaged: smooth edges
 
 
@@ -124,25 +132,37 @@ def alt_text(objects, rng):
     return forms[rng.integers(len(forms))]
 
 
-def make_scene(split, index, size=48, seed=0):
-    """Scene number `index` of a split: (pixels u8[size, size, 3], alt-text, dense caption, objects)."""
+def draw_extent(size, aspect, rng):
+    """(width, height) in pixels of a scene: area from a quarter of size*size to all of it, width / height log-uniform on
+    [1 / aspect, aspect]. An aspect of 1 means size x size, and draws nothing: the first set stays as it was."""
+    if aspect == 1:
+        return size, size
+    side, ratio = size * rng.uniform(0.5, 1), math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))
+    return round(side * ratio**0.5), round(side / ratio**0.5)
+
+
+def make_scene(split, index, size=48, seed=0, aspect=1.0):
+    """Scene number `index` of a split: (pixels u8[height, width, 3], alt-text, dense caption, objects).
+
+    The objects follow from (split, index, seed) alone, so a held-out scene is held out at every size.
+    """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     objects = draw_objects(split, rng)
-    image = draw_background(size, size, rng)
+    image = draw_background(*draw_extent(size, aspect, rng), rng)
     for place, extent, colour, shape in objects:
         draw_object(image, place, extent, colour, shape, rng)
     return image.round().clip(0, 255).astype(np.uint8), alt_text(objects, rng), dense_caption(objects), objects
 
 
 def encoded_scene(address):
-    """(split, index, size, seed) -> (key, PNG bytes, alt-text, metadata)."""
+    """(split, index, size, seed, aspect) -> (key, PNG bytes, alt-text, metadata)."""
     pixels, alt, dense, objects = make_scene(*address)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return f"{address[0]}_{address[1]:06d}", file.getvalue(), alt, {"synthetic": [dense], "objects": objects}
 
 
-def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0):
+def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1.0):
     """Write the three splits as shards under `out`. A run that is interrupted leaves no folder of that name."""
     out, temporary = Path(out), Path(f"{out}.{os.getpid()}.tmp")
     counts = dict(zip(SPLITS, (train, val, novel), strict=True))
@@ -151,7 +171,7 @@ def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0):
                 tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}", disable=None) as bar:
             for split, count in counts.items():
                 with ShardWriter(temporary / split) as writer:
-                    addresses = ((split, i, size, seed) for i in range(count))
+                    addresses = ((split, i, size, seed, aspect) for i in range(count))
                     for key, image, alt, metadata in pool.imap(encoded_scene, addresses, chunksize=64):
                         writer.write(key, image, "png", alt, metadata)
                         bar.update()
@@ -166,4 +186,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="data/scenes", help="folder to write (replaced if it exists)")
     for name, default in (("train", 20_000), ("val", 512), ("novel", 512), ("size", 48), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--aspect", type=float, default=1.0, help="widths and heights differ by up to so many times; 1: squares")
     make_scenes(**vars(parser.parse_args()))

@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from nano_aimv2.config import MAY_CHANGE, Config
+from nano_aimv2.config import MAY_CHANGE, POST_TRAINING, SHARED, Config
 from nano_aimv2.model import AIMv2
-from nano_aimv2.tokenizer import Tokenizer
+from nano_aimv2.positions import resize_table
+from nano_aimv2.tokenizer import Tokenizer, find_file
 
 
 def claim_run(config):
@@ -125,10 +126,19 @@ def load_model(run, device="cpu"):
 
 def load_weights(model, path):
     """Read a safetensors file into a model. Raises ValueError that lists missing, surplus and misshapen weights."""
+    fit_weights(model, read_weights(path), path)
+
+
+def read_weights(path):
+    """The tensors of a safetensors file by name. Raises ValueError if it is damaged."""
     try:
-        weights = load_file(path)
+        return load_file(path)
     except Exception as error:  # safetensors raises its own type for a damaged file
         raise ValueError(f"{path} cannot be read ({error}): it is damaged or no safetensors file") from error
+
+
+def fit_weights(model, weights, path):
+    """Put the tensors of `path` into a model. Raises ValueError that lists missing, surplus and misshapen ones."""
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own.keys() - weights.keys()] + [f"surplus {k}" for k in weights.keys() - own.keys()]
     wrong += [f"{k} is {tuple(weights[k].shape)}, the model needs {tuple(own[k].shape)}"
@@ -137,6 +147,58 @@ def load_weights(model, path):
         raise ValueError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:8])}"
                          + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
     model.load_state_dict(weights)
+
+
+TABLE = "encoder.positions.table"
+
+
+def check_init(config):
+    """See before anything slow that a run can start from the weights of the run `config.init`.
+
+    Raises: ValueError if a post-training preset has no `init`, if `init` is no finished run, or if it differs in a
+        setting that both must share.
+    """
+    if not config.init:
+        if config.preset in POST_TRAINING:
+            raise ValueError(f"init={config.init!r}: preset {config.preset!r} starts from the weights of a trained run; name its "
+                             f"folder, --init=runs/{config.preset.split('-')[0]}")
+        return
+    folder = Path(config.init)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise ValueError(f"init: {folder} has no {name}: it is not a trained run; train one, or correct --init")
+    parent = Config.load(folder / "config.json")
+    for name in SHARED:
+        old, new = getattr(parent, name), getattr(config, name)
+        if old != new:
+            given = ",".join(map(str, old)) if isinstance(old, tuple) else old
+            raise ValueError(f"{name}={new} must be as in {folder}, whose weights this run starts from: use --{name}={given}")
+    shipped, own = folder / "tokenizer.tiktoken", find_file(config.tokenizer)
+    same = own and shipped.read_bytes() == own.read_bytes() if shipped.exists() else parent.tokenizer == config.tokenizer
+    if not same:
+        raise ValueError(f"tokenizer={config.tokenizer!r} must be the one of {folder}, whose weights this run starts from: use "
+                         f"--tokenizer={shipped if shipped.exists() else parent.tokenizer}")
+    if config.positions == "learned" != parent.positions:
+        raise ValueError(f"positions='learned' needs a position table, and {folder} was trained with "
+                         f"positions={parent.positions!r} and has none: use --positions={parent.positions}")
+
+
+def load_init(model, config):
+    """Start from the weights of the run `config.init`, fitted to this run's grid.
+
+    A learned position table is resized to another grid. A run with sin-cos positions drops it: a table of one grid says
+    nothing of the others, and the weights learn the new positions in a few hundred steps (README).
+
+    Raises: ValueError if the weights do not fit.
+    """
+    path = Path(config.init) / "model.safetensors"
+    weights, own = read_weights(path), model.state_dict()
+    if config.positions == "sincos":
+        weights.pop(TABLE, None)
+    elif TABLE in weights:
+        grids = [(round(len(t) ** 0.5),) * 2 for t in (weights[TABLE], own[TABLE])]
+        weights[TABLE] = resize_table(weights[TABLE], *grids)
+    fit_weights(model, weights, path)
 
 
 def write_text(path, text):

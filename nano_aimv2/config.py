@@ -242,6 +242,16 @@ PAPER = dict(
     log_every=50, eval_every=10_000, eval_images=8192, save_every=5_000,
 )
 
+# Post-training (the paper's section 2.4): a run's weights, a new optimizer; every preset of it needs --init=RUN. From the
+# paper: weight decay 0 and no synthetic captions at high resolution, 2B pairs; native areas of 2^7 .. 2^12 patches. The paper
+# gives neither learning rate nor schedule, nor the pairs of the native stage: a tenth of L's peak, a short warm-up, the
+# same cosine, and 2B pairs again are ours.
+TUNE = dict(PAPER, embed_dim=1024, num_blocks=24, num_heads=8, lr=1e-4, warmup_steps=2_500, steps=244_000)
+SHARP = dict(TUNE, weight_decay=0.0, data="data/dfn2b:alt:30,data/coyo:alt:9,data/hqitp:alt:28")
+# Their toy twins keep dense captions, against the paper: toy alt-texts say nothing of places, and what is measured is the
+# dense caption. The peak (half of the toy's; all of it for native, which has more to learn) and the steps are ours.
+TOY_TUNE = dict(lr=3e-4, steps=1000, eval_every=100, eval_images=256)
+
 PRESETS = {
     # Real photographs on one machine: a folder packed by data/pack.py, small pictures, half an hour on two cores.
     # python data/pack.py PHOTOS --out=data/photos && python train.py --preset=photos
@@ -263,4 +273,19 @@ PRESETS = {
     "1b": dict(PAPER, embed_dim=2048, num_blocks=24, num_heads=16, lr=8e-4, parallel="fsdp", recompute=True),
     # 2.98G. 22 GiB, 5,500 images/s less the recomputation, 26 days. On 8 GPUs: --grad_accum=3.
     "3b": dict(PAPER, embed_dim=3072, num_blocks=24, num_heads=24, lr=4e-4, parallel="fsdp", recompute=True),
+    # torchrun --nproc_per_node=8 -- train.py --preset=large-336 --init=runs/large
+    "large-336": dict(SHARP, image_size=336),
+    "large-448": dict(SHARP, image_size=448),
+    "large-native": dict(TUNE, native_area=(7.0, 12.0), positions="sincos"),
+    # python train.py --preset=toy-highres --init=runs/toy: half as large again, as 336 px is to 224
+    "toy-highres": dict(TOY_TUNE, image_size=72, weight_decay=0.0,
+                        data="data/scenes_highres:synthetic:85,data/scenes_highres:alt:15"),
+    # python train.py --preset=toy-native --init=runs/toy: 8 to 64 patches around the toy's 16
+    "toy-native": dict(TOY_TUNE, native_area=(3.0, 6.0), lr=6e-4, steps=3000, eval_every=500,
+                       data="data/scenes_native:synthetic:85,data/scenes_native:alt:15"),
 }
+POST_TRAINING = ("large-336", "large-448", "large-native", "toy-highres", "toy-native")
+# What a run that starts from another's weights (--init) must share with it. Not all of these change a weight's shape:
+# another number of heads, or another order of tokens, would load without a word and be wrong.
+SHARED = ("patch_size", "max_tokens", "vocab_size", "pixel_mean", "pixel_std", "embed_dim", "num_blocks", "num_heads",
+          "decoder_dim", "decoder_blocks", "decoder_heads", "mlp_multiple")

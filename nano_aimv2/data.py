@@ -242,8 +242,15 @@ def pick_caption(source, sample, rng=None):
 
 
 def evaluation_pixels(image, config):
-    """The evaluation view at fixed resolution: the centre square, resized -> u8[H, W, 3]."""
-    return resize(image, (config.image_size,) * 2, centre_box(*upright_size(image), 1.0))
+    """The evaluation view of a PIL image -> u8[H, W, 3], both sides multiples of the patch size.
+
+    Fixed resolution: the centre square, image_size pixels wide. Native: the whole image at its own aspect ratio, on the grid
+    that fills the area of such a square best.
+    """
+    if not config.native_area:
+        return resize(image, (config.image_size,) * 2, centre_box(*upright_size(image), 1.0))
+    rows, cols = best_grid(*upright_size(image), (config.image_size // config.patch_size) ** 2)
+    return resize(image, (cols * config.patch_size, rows * config.patch_size))
 
 
 def to_patches(pixels, p):
@@ -263,8 +270,8 @@ def collate(images, ids, area, p, rows, size, skipped=()):
     return Batch(*map(torch.from_numpy, (patches, grid, tokens, num_tokens)), rows, size, list(skipped))
 
 
-def read_in_order(source, config, tokenizer, count):
-    """The first `count` readable samples of a source in order, centre-cropped, for evaluation.
+def read_in_order(source, config, tokenizer, count, accept=None):
+    """The first `count` readable samples of a source in order, in the evaluation view; `accept(image)` may pass some over.
 
     Returns: (pixels of each u8[H, W, 3], token ids of each, their indexes in `source.shards`, names of those left out).
     """
@@ -275,7 +282,10 @@ def read_in_order(source, config, tokenizer, count):
         try:
             source.shards.metadata(sample)  # holds the label's name: a broken .json is met here and not by who asks for it
             token_ids = tokenizer.encode(pick_caption(source, sample), config.max_tokens)
-            pixels = evaluation_pixels(open_image(source.shards.image(sample)), config)
+            image = open_image(source.shards.image(sample))
+            if accept and not accept(image):
+                continue
+            pixels = evaluation_pixels(image, config)
         except Exception as error:  # as in training: named, and the run goes on
             skipped.append(f"{source.shards.name(sample)}: {type(error).__name__}: {error}")
             continue
