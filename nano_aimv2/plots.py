@@ -65,7 +65,7 @@ def show_image(axis, pixels, title="", colour="black"):
 def show_grid(axis, values, title="", xlabel="key (what is looked at)", ylabel="query (who looks)", text=True, cmap="Blues"):
     """A small matrix [rows, columns] as cells, its numbers written in them: masks, tables, attention."""
     values = np.asarray(values, dtype=float)
-    image = axis.imshow(values, cmap=cmap)
+    image = axis.imshow(values, cmap=cmap, vmin=min(0.0, values.min()))  # zero is white
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
     axis.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
