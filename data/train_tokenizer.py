@@ -25,7 +25,7 @@ def train_bpe(text, size):
     """Learn `size` tokens from a text: -> {bytes: rank}, the 256 single bytes first.
 
     Pairs are counted over the distinct words (a text repeats its words), and after a merge only in the words it touched.
-    Ties go to the pair that comes first in byte order. Raises ValueError if the text has too few distinct pairs.
+    Ties go to the pair that comes last in byte order. Raises ValueError if the text has too few distinct pairs.
     """
     words = Counter(word.encode() for word in regex.findall(PATTERN, text))
     pieces = [[bytes([b]) for b in word] for word in words]

@@ -99,6 +99,48 @@ def show_image(axis, pixels, title="", colour="black"):
     axis.set_title(title, color=colour, loc="center", fontsize=7.5)
 
 
+def show_grid(axis, values, title="", xlabel="key (what is looked at)", ylabel="query (who looks)", text=True, cmap="Blues"):
+    """A small matrix [rows, columns] as cells, its numbers written in them: masks, tables, attention."""
+    values = np.asarray(values, dtype=float)
+    image = axis.imshow(values, cmap=cmap, vmin=min(0.0, values.min()))  # zero is white
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+    axis.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="white", lw=1.5)
+    axis.tick_params(which="both", length=0)
+    axis.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(values) if text else ():
+        r, g, b, _ = image.cmap(image.norm(value))
+        axis.text(column, row, f"{value:.2g}", ha="center", va="center", color="black" if r + g + b > 1.5 else "white")
+    return image
+
+
+# Where each lesson stands on the way of a sample: name, lesson, place (column, row), what it reads.
+WAY = {"data": ("07", (0, 1), ()), "patches": ("01", (1, 1), ("data",)), "text": ("06", (2, 0), ("data",)),
+       "prefix mask": ("02", (2, 2), ()), "encoder": ("03", (2, 1), ("patches", "prefix mask")),
+       "decoder": ("04", (3, 1), ("encoder", "text")), "losses": ("05", (4, 1), ("decoder",)),
+       "sampling": ("09", (4, 0), ("decoder",)), "training": ("08", (5, 1), ("losses",))}
+
+
+def show_way(*here):
+    """The way of a sample from data to training, the places `here` in colour: names of WAY."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 2), layout="constrained")
+        axis.set(xlim=(-0.45, 5.45), ylim=(-0.4, 2.4))
+        axis.set_axis_off()
+        for _, (x, y), sources in WAY.values():
+            for source in sources:
+                u, v = WAY[source][1]
+                down = x - u > 1  # to the text, below the patches
+                start, end = ((u + 0.37, v - 0.27 * down), (x - 0.37, y)) if u != x else ((u, v - 0.27), (x, y + 0.27))
+                axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": GREY})
+        for name, (lesson, (x, y), _) in WAY.items():
+            ink, paper = ("white", BLUE) if name in here else ("black", "#edf2f7")
+            axis.add_patch(plt.Rectangle((x - 0.37, y - 0.27), 0.74, 0.54, facecolor=paper, edgecolor=GREY, lw=0.8))
+            axis.text(x, y, f"{name}\nlesson {lesson}", ha="center", va="center", color=ink)
+        plt.show()
+
+
 def samples_page(captioned, completed, path, title):
     """Captions above, completions below.
 
