@@ -61,6 +61,7 @@ class EncoderConfig:
     native_area: tuple = ()  # not empty: made for any size and proportions
     pixel_mean: tuple = CLIP_MEAN
     pixel_std: tuple = CLIP_STD
+    recompute: bool = False  # blocks in the backward pass; only training asks for it
 
     @property
     def patch_dim(self):
