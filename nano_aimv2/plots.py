@@ -54,6 +54,23 @@ def loss_curves(rows, path, vocab_size, patch_dim):
         plt.close(figure)
 
 
+def held_out_curves(runs, path):
+    """Exact captions and text loss of several runs on held-out images over their steps: {name: rows of metrics.jsonl}."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained")
+        for (name, rows), colour in zip(runs.items(), itertools.cycle((BLUE, ORANGE, GREEN, RED))):
+            rows = [row for row in rows if "val_loss_text" in row]
+            for axis, key in zip(axes, ("caption_exact", "val_loss_text"), strict=True):
+                axis.plot([r["step"] for r in rows], [r[key] for r in rows], "o-", ms=3.5, lw=1.8, color=colour,
+                          label=f"{name}: {rows[-1][key]:.3f} at the end")
+        axes[0].set(xlabel="step", ylabel="captions exact, share", ylim=(0, 1.03), title="captions of held-out images")
+        axes[1].set(xlabel="step", ylabel="nats a token", yscale="log", title="text loss on held-out images")
+        axes[0].legend(loc="upper left")
+        axes[1].legend(loc="upper right")
+        figure.savefig(path)
+        plt.close(figure)
+
+
 def size_curves(rows, own_sizes, path):
     """Captions and image loss of runs over sizes, a column of panels for each shape; a ring marks the size of training.
 
