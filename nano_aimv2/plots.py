@@ -125,8 +125,11 @@ def samples_page(captioned, completed, path, title):
     """
     columns = min(4, max(1, len(captioned)))
     rows = -(-len(captioned) // columns)
-    pairs = -(-len(completed) // 2)
-    heights = [2.6 * rows] + ([1.35 * pairs + 0.3] if completed else [])
+    tallest = max(pixels.shape[0] / pixels.shape[1] for pixels, *_ in captioned)  # panoramas need less height ...
+    abreast = 1 if tallest < 0.6 else 2  # ... and more width
+    lines = -(-len(completed) // abreast)
+    heights = [min(2.6, 0.7 + WIDTH / columns * tallest) * rows]
+    heights += [min(1.35, 0.15 + WIDTH / 4 / abreast * tallest) * lines + 0.3] if completed else []
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
         figure.get_layout_engine().set(hspace=0.01, h_pad=0.02)
@@ -141,14 +144,14 @@ def samples_page(captioned, completed, path, title):
             wanted = "" if exact else f"\nwritten: {wrap(written)}"
             show_image(axis, pixels, wrap(text) + wanted, GREEN if exact and written else (RED if written else "black"))
         if completed:
-            axes = parts[1].subplots(pairs, 8, squeeze=False)
+            axes = parts[1].subplots(lines, 4 * abreast, squeeze=False)
             for axis in axes.flat:
                 axis.set_axis_off()
             for i, images in enumerate(completed):
                 for k, (pixels, name) in enumerate(zip(images, VERSIONS, strict=True)):
-                    axis = axes[i // 2, 4 * (i % 2) + k]
+                    axis = axes[i // abreast, 4 * (i % abreast) + k]
                     axis.set_axis_on()
-                    show_image(axis, pixels, name if i < 2 else "")
+                    show_image(axis, pixels, name if i < abreast else "")
         figure.savefig(path)
         plt.close(figure)
 
