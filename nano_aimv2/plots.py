@@ -54,6 +54,23 @@ def loss_curves(rows, path, vocab_size, patch_dim):
         plt.close(figure)
 
 
+def held_out_curves(runs, path):
+    """Exact captions and text loss of several runs on held-out images over their steps: {name: rows of metrics.jsonl}."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained")
+        for (name, rows), colour in zip(runs.items(), itertools.cycle((BLUE, ORANGE, GREEN, RED))):
+            rows = [row for row in rows if "val_loss_text" in row]
+            for axis, key in zip(axes, ("caption_exact", "val_loss_text"), strict=True):
+                axis.plot([r["step"] for r in rows], [r[key] for r in rows], "o-", ms=3.5, lw=1.8, color=colour,
+                          label=f"{name}: {rows[-1][key]:.3f} at the end")
+        axes[0].set(xlabel="step", ylabel="captions exact, share", ylim=(0, 1.03), title="captions of held-out images")
+        axes[1].set(xlabel="step", ylabel="nats a token", yscale="log", title="text loss on held-out images")
+        axes[0].legend(loc="upper left")
+        axes[1].legend(loc="upper right")
+        figure.savefig(path)
+        plt.close(figure)
+
+
 def size_curves(rows, own_sizes, path):
     """Captions and image loss of runs over sizes, a column of panels for each shape; a ring marks the size of training.
 
@@ -150,8 +167,11 @@ def samples_page(captioned, completed, path, title):
     """
     columns = min(4, max(1, len(captioned)))
     rows = -(-len(captioned) // columns)
-    pairs = -(-len(completed) // 2)
-    heights = [2.6 * rows] + ([1.35 * pairs + 0.3] if completed else [])
+    tallest = max(pixels.shape[0] / pixels.shape[1] for pixels, *_ in captioned)  # panoramas need less height ...
+    abreast = 1 if tallest < 0.6 else 2  # ... and more width
+    lines = -(-len(completed) // abreast)
+    heights = [min(2.6, 0.7 + WIDTH / columns * tallest) * rows]
+    heights += [min(1.35, 0.15 + WIDTH / 4 / abreast * tallest) * lines + 0.3] if completed else []
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
         figure.get_layout_engine().set(hspace=0.01, h_pad=0.02)
@@ -166,14 +186,14 @@ def samples_page(captioned, completed, path, title):
             wanted = "" if exact else f"\nwritten: {wrap(written)}"
             show_image(axis, pixels, wrap(text) + wanted, GREEN if exact and written else (RED if written else "black"))
         if completed:
-            axes = parts[1].subplots(pairs, 8, squeeze=False)
+            axes = parts[1].subplots(lines, 4 * abreast, squeeze=False)
             for axis in axes.flat:
                 axis.set_axis_off()
             for i, images in enumerate(completed):
                 for k, (pixels, name) in enumerate(zip(images, VERSIONS, strict=True)):
-                    axis = axes[i // 2, 4 * (i % 2) + k]
+                    axis = axes[i // abreast, 4 * (i % abreast) + k]
                     axis.set_axis_on()
-                    show_image(axis, pixels, name if i < 2 else "")
+                    show_image(axis, pixels, name if i < abreast else "")
         figure.savefig(path)
         plt.close(figure)
 
