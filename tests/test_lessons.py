@@ -9,7 +9,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 LESSONS = sorted((ROOT / "lessons").glob("*.ipynb"))
-SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
+SOLUTION = re.compile(r"<summary>Solution</summary>(?:(?!</details>).)*?```python\n(.*?)```\s*</details>", re.DOTALL)
 
 pytestmark = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
