@@ -107,6 +107,16 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
+def init_linear_layers(model):
+    """Xavier-uniform weights, q, k and v each by itself; biases zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            for part in module.weight.data.chunk(3 if name.endswith("qkv") else 1):
+                nn.init.xavier_uniform_(part)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class SwiGLU(nn.Module):
     """Gated MLP: fc2(silu(fc1 x) * fc3 x), without biases."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from nano_aimv2.decoder import Decoder
 from nano_aimv2.encoder import Encoder
+from nano_aimv2.layers import init_linear_layers
 from nano_aimv2.losses import IGNORE, Losses, image_loss, stats_loss, text_loss, text_targets
 from nano_aimv2.patchify import normalize_patches, pixels_to_float
 from nano_aimv2.prefix_mask import is_image_target
@@ -27,15 +28,8 @@ class AIMv2(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier-uniform for the linear layers (q, k and v each by itself), small normals for tables and heads."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
-                    nn.init.xavier_uniform_(part)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if self.config.positions == "learned":
-            nn.init.normal_(self.encoder.positions.table, std=0.02)
+        """Xavier-uniform for the linear layers, small normals for tables and heads."""
+        init_linear_layers(self)
         decoder = self.decoder
         nn.init.normal_(decoder.text_positions, std=0.01)
         nn.init.normal_(decoder.token_embed.weight, std=0.02)

@@ -70,6 +70,7 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.side = side
         self.table = nn.Parameter(torch.empty(side * side, dim))
+        nn.init.normal_(self.table, std=0.02)
 
     def forward(self, grid, size):
         if self.training and size == self.side**2:  # it is only trained on its own grid: no look at `grid`, no wait for a GPU

@@ -19,7 +19,6 @@ Way: images -> frozen features -> **right or wrong**. Source: paper section 4.1,
 """
 
 import argparse
-import copy
 import dataclasses
 import hashlib
 import json
@@ -37,8 +36,9 @@ from torch import nn
 from nano_aimv2.checkpoint import load_model
 from nano_aimv2.data import evaluation_pixels, fixed_grid, parse_mixture, to_patches
 from nano_aimv2.distributed import choose_device, keep_memory
+from nano_aimv2.encoder import Encoder
 from nano_aimv2.images import open_image
-from nano_aimv2.layers import RMSNorm
+from nano_aimv2.layers import init_linear_layers
 from nano_aimv2.patchify import pixels_to_float, unpatchify
 from nano_aimv2.shards import Shards
 
@@ -146,19 +146,10 @@ def label_ids(train, test):
 
 def random_twin(encoder, seed):
     """The same encoder with fresh weights, drawn as at the start of training: the baseline."""
-    twin = copy.deepcopy(encoder)
     with torch.random.fork_rng(devices=[]):
+        twin = Encoder(encoder.config)
         torch.manual_seed(seed)
-        for name, module in twin.named_modules():
-            if isinstance(module, nn.Linear):
-                for part in module.weight.data.chunk(3 if name.endswith("qkv") else 1):
-                    nn.init.xavier_uniform_(part)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif hasattr(module, "table"):
-                nn.init.normal_(module.table, std=0.02)
+        init_linear_layers(twin)
     return twin
 
 
