@@ -58,7 +58,7 @@ VERSION = 1  # of the cached features
 class Settings:
     """How to probe. `epochs` and `batch_size`: of the two trained probes; `k`: neighbours that vote."""
 
-    epochs: int = 30
+    epochs: int = 10
     batch_size: int = 256
     k: int = 20
     seed: int = 0
@@ -372,11 +372,6 @@ def wilson(right, count, z=1.959964):
     return max(0.0, (share + spread / 2 - half) / (1 + spread)), min(1.0, (share + spread / 2 + half) / (1 + spread))
 
 
-def most_common(names):
-    """Share of the commonest class: what naming it always would score."""
-    return Counter(names).most_common(1)[0][1] / len(names)
-
-
 def table(rows, chance):
     """The results as text: {row: {method: {attribute: score}}}, {attribute: share} -> lines."""
     lines = [f"{'top-1 [95%]':<32}" + "".join(f"{name:>22}" for name in chance)]
@@ -407,8 +402,8 @@ def main(argv):
     parser.add_argument("--out", default="", help="where the results go; empty: the run, or runs/probe-WEIGHTS")
     parser.add_argument("--max_images", type=int, default=50_000, help="labelled images of each folder that are read")
     parser.add_argument("--device", default="auto")
-    for name, value in (("epochs", 30), ("batch_size", 256), ("k", 20), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name in ("epochs", "batch_size", "k", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
     given = parser.parse_args(argv)
     settings = Settings(given.epochs, given.batch_size, given.k, given.seed, choose_device(given.device).type)
     if settings.device == "cpu":
@@ -426,7 +421,7 @@ def main(argv):
             "random weights": probe_encoder(random_twin(encoder, settings.seed), train, test, view, settings,
                                             out / "features/random"),
             "raw pixels": probe_pixels(train, test, view, settings, encoder.trunk.blocks[0].attn.num_heads)}
-    chance = {attribute: most_common(names) for attribute, names in test.labels.items()}
+    chance = {attribute: Counter(names).most_common(1)[0][1] / len(names) for attribute, names in test.labels.items()}
     print(*table(rows, chance), sep="\n")
     result = {**dataclasses.asdict(settings), "data": str(data), "train_images": len(train.patches), "chance": chance,
               "rows": rows}
