@@ -205,7 +205,8 @@ def wrap(text, width=34):
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + word
-    return "\n".join(lines).replace("$", r"\$")
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in "\n".join(lines))
+    return text.replace("$", r"\$")
 
 
 def components_page(pictures, path):
