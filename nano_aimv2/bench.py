@@ -285,7 +285,7 @@ def bench_encoder(dtype, D, num_blocks, num_heads, repeats):
     grid = torch.tensor([[16, 16]] * 8)
     pixels = torch.randn(8, 3, 224, 224)
     inputs = patchify(pixels, 14).to(dtype)
-    what = f"encoder forward, {D} x {num_blocks}, 8 images of 224 px, {dtype}".replace("torch.", "")
+    what = f"encoder forward, {D} x {num_blocks}, 8 images of 224 px, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     try:
         from transformers import Aimv2VisionConfig, Aimv2VisionModel
     except ImportError:
