@@ -4,6 +4,7 @@
     python -m nano_aimv2.bench --data          # the data loader against a bare Pillow loop over the same files
     python -m nano_aimv2.bench --native        # native-resolution batches against fixed ones, and how much of them is padding
     python -m nano_aimv2.bench --index         # shards of a million samples: bytes and seconds before the first batch
+    python -m nano_aimv2.bench --encoder       # the encoder's forward pass against transformers, where that is installed
     python -m nano_aimv2.bench --attention     # prefix attention three ways, at 256, 1024 and 4096 patches
     python -m nano_aimv2.bench --step --preset=large --batch_size=64 --device=cuda      # any preset: eager and compiled,
         # images/s, MFU and peak memory; --compile=false, --recompute=true, --dtype=float32 and every other setting
@@ -38,6 +39,7 @@ from nano_aimv2.metrics import peak_flops, train_flops
 from nano_aimv2.model import AIMv2
 from nano_aimv2.native_res import best_grid, draw_areas
 from nano_aimv2.optim import make_optimizer
+from nano_aimv2.patchify import patchify
 from nano_aimv2.prefix_mask import prefix_mask, step_prefix_len
 from nano_aimv2.shards import Shards, ShardWriter
 from nano_aimv2.tokenizer import Tokenizer
@@ -313,6 +315,41 @@ def bench_index(shards=100, samples=10_000):
           f"{seconds_of[0]:.1f} s, later starts {seconds_of[1] * 1e3:.0f} ms; 2,000 random reads grew memory by {grown:.1f} MiB")
 
 
+def bench_encoder(dtype, D, num_blocks, num_heads, repeats):
+    """Features of 8 images of 224 px, patch 14, against transformers with its fused attention: the same weights, in turns."""
+    from nano_aimv2.hub import TRANSFORMERS, views
+
+    torch.manual_seed(0)
+    config = Config.from_preset("base", embed_dim=D, num_blocks=num_blocks, num_heads=num_heads, decoder_blocks=1)
+    dtype = getattr(torch, dtype)
+    encoder = AIMv2(config).encoder.eval()
+    grid = torch.tensor([[16, 16]] * 8)
+    pixels = torch.randn(8, 3, 224, 224)
+    inputs = patchify(pixels, 14).to(dtype)
+    what = f"encoder forward, {D} x {num_blocks}, 8 images of 224 px, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
+    try:
+        from transformers import Aimv2VisionConfig, Aimv2VisionModel
+    except ImportError:
+        encoder = encoder.to(dtype)
+        with torch.inference_mode():
+            print(f"{what}: {1e3 * seconds(lambda: encoder(inputs, grid), pixels.device, repeats):.0f} ms (transformers is not "
+                  "installed: nothing to compare with)")
+        return
+    theirs = Aimv2VisionModel(Aimv2VisionConfig(
+        hidden_size=D, intermediate_size=config.mlp_hidden_dim, num_hidden_layers=num_blocks, num_attention_heads=num_heads,
+        use_head=False, attn_implementation="sdpa")).eval()
+    theirs.load_state_dict(views(encoder, TRANSFORMERS))
+    with torch.inference_mode():
+        error = float((encoder(patchify(pixels, 14), grid) - theirs(pixels).last_hidden_state).abs().max())
+        encoder, theirs, pixels = encoder.to(dtype), theirs.to(dtype), pixels.to(dtype)
+        times = [[seconds(call, pixels.device, 1, i == 0) for call in (lambda: encoder(inputs, grid), lambda: theirs(pixels))]
+                 for i in range(repeats)]
+    ours, other = (median(column) for column in zip(*times, strict=True))
+    ratios = [a / b for a, b in times]
+    print(f"{what}: {1e3 * ours:.0f} ms, transformers {1e3 * other:.0f} ms, ratio {median(ratios):.2f} "
+          f"({min(ratios):.2f} .. {max(ratios):.2f}); largest difference in float32 {error:.1e}")
+
+
 def apart(function, *args):
     """Run in a process of its own: its peak memory and its allocator are then nobody else's."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=args)
@@ -326,7 +363,7 @@ def main(argv):
     if "--help" in argv:
         print(__doc__)
         return
-    modes = [flag for flag in argv if flag in ("--step", "--captions", "--data", "--native", "--index", "--attention")]
+    modes = [flag for flag in argv if flag in ("--step", "--captions", "--data", "--native", "--index", "--attention", "--encoder")]
     rest = [flag for flag in argv if flag not in modes]
     bases = [{}] if any(flag.startswith("--preset=") for flag in rest) else [SMALL, MEDIUM]
     configs = [Config.from_flags([*(f"--{k}={v}" for k, v in base.items()), *rest]) for base in bases]
@@ -353,6 +390,10 @@ def main(argv):
         apart(bench_attention, {**settings, "dtype": config.dtype})
     if "--index" in modes:
         bench_index()
+    if "--encoder" in modes:
+        for size in ((192, 12, 3, 11), (1024, 24, 8, 5)):
+            for dtype in ("float32", "bfloat16"):
+                apart(bench_encoder, dtype, *size)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def attend(q, k, v, bias, causal):
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), bias, causal)
+            return attend(q.float(), k.float(), v.float(), bias, causal).to(q.dtype)
     if q.device.type == "cpu" and k.shape[2] <= WRITTEN_OUT and torch.is_grad_enabled():
         if causal:
             bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
