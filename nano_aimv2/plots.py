@@ -81,8 +81,9 @@ def size_curves(rows, own_sizes, path):
     score = "caption_names_label" if "caption_names_label" in rows[0] else "caption_exact"
     parts = ((score, "captions that name the label, share" if "label" in score else "captions exact, share"),
              ("loss_image", "image loss\n(normalised patches)"))
-    of = {run: [r[score] for r in rows if r["run"] == run] for run in runs}
-    steady = min(runs, key=lambda run: max(of[run]) - min(of[run]))
+    worst = {run: min(r[score] for r in rows if r["run"] == run) for run in runs}
+    first, *others = sorted(runs, key=worst.get, reverse=True)
+    others = f" ({', '.join(f'{run} {worst[run]:.2f}' for run in others)})" if others else ""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(shapes), figsize=(WIDTH, 5.0), layout="constrained", sharex=True, sharey="row",
                                     squeeze=False)
@@ -101,8 +102,7 @@ def size_curves(rows, own_sizes, path):
             if column == 0:
                 axis.set(ylabel=label)
         axes[1, 0].legend(loc="lower left")
-        figure.suptitle(f"{steady} changes least, from {min(of[steady]):.2f} to {max(of[steady]):.2f} of its "
-                        f"{parts[0][1].split(',')[0]}. A ring: trained on this size alone")
+        figure.suptitle(f"Captions right at the worst size and shape: {first} {worst[first]:.2f}{others}. Rings: size of training")
         figure.savefig(path)
         plt.close(figure)
 
