@@ -102,7 +102,7 @@ def size_curves(rows, own_sizes, path):
             if column == 0:
                 axis.set(ylabel=label)
         axes[1, 0].legend(loc="lower left")
-        figure.suptitle(f"Captions right at the worst size and shape: {first} {worst[first]:.2f}{others}. Rings: size of training")
+        figure.suptitle(f"Captions right at the worst size or shape: {first} {worst[first]:.2f}{others}. Rings: trained size")
         figure.savefig(path)
         plt.close(figure)
 
