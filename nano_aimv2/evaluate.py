@@ -192,7 +192,8 @@ def main(argv):
     Path(f"{out}.json").write_text(json.dumps(rows, indent=1) + "\n")
     from nano_aimv2.plots import size_curves
 
-    size_curves(rows, {Path(run).name: config.image_size for run, config in zip(runs, configs, strict=True)}, f"{out}.png")
+    fixed = {Path(run).name: config.image_size for run, config in zip(runs, configs, strict=True) if not config.native_area}
+    size_curves(rows, fixed, f"{out}.png")
     print(f"written: {out}.md, {out}.json, {out}.png")
 
 

@@ -74,15 +74,16 @@ def held_out_curves(runs, path):
 def size_curves(rows, own_sizes, path):
     """Captions and image loss of runs over sizes, a column of panels for each shape; a ring marks the size of training.
 
-    Args: rows: of `evaluate.across_sizes`; own_sizes: {run: pixels}.
+    Args: rows: of `evaluate.across_sizes`; own_sizes: {run: pixels} of runs of one size.
     """
     runs, shapes = list(dict.fromkeys(r["run"] for r in rows)), list(dict.fromkeys(r["shape"] for r in rows))
     sizes = sorted({r["size"] for r in rows})
     score = "caption_names_label" if "caption_names_label" in rows[0] else "caption_exact"
     parts = ((score, "captions that name the label, share" if "label" in score else "captions exact, share"),
              ("loss_image", "image loss\n(normalised patches)"))
-    of = {run: [r[score] for r in rows if r["run"] == run] for run in runs}
-    steady = min(runs, key=lambda run: max(of[run]) - min(of[run]))
+    worst = {run: min(r[score] for r in rows if r["run"] == run) for run in runs}
+    first, *others = sorted(runs, key=worst.get, reverse=True)
+    others = f" ({', '.join(f'{run} {worst[run]:.2f}' for run in others)})" if others else ""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(shapes), figsize=(WIDTH, 5.0), layout="constrained", sharex=True, sharey="row",
                                     squeeze=False)
@@ -91,7 +92,7 @@ def size_curves(rows, own_sizes, path):
             for run, colour in zip(runs, itertools.cycle((GREY, BLUE, ORANGE, GREEN, RED))):
                 mine = {r["size"]: r[name] for r in rows if r["run"] == run and r["shape"] == shape}
                 axis.plot(list(mine), list(mine.values()), "o-", ms=3.5, lw=1.8, color=colour, label=run)
-                if own_sizes[run] in mine:
+                if own_sizes.get(run) in mine:
                     axis.plot(own_sizes[run], mine[own_sizes[run]], "o", ms=10, mfc="none", color=colour)
             axis.set(xticks=sizes, ylim=(0, 1.03) if line == 0 else (0, None))
             if line == 0:
@@ -101,8 +102,7 @@ def size_curves(rows, own_sizes, path):
             if column == 0:
                 axis.set(ylabel=label)
         axes[1, 0].legend(loc="lower left")
-        figure.suptitle(f"{steady} changes least with size and shape: {parts[0][1].split(',')[0]} {min(of[steady]):.2f} to "
-                        f"{max(of[steady]):.2f}. Rings: the size of training")
+        figure.suptitle(f"Captions right at the worst size or shape: {first} {worst[first]:.2f}{others}. Rings: trained size")
         figure.savefig(path)
         plt.close(figure)
 
