@@ -363,7 +363,8 @@ def main(argv):
     if "--help" in argv:
         print(__doc__)
         return
-    modes = [flag for flag in argv if flag in ("--step", "--captions", "--data", "--native", "--index", "--attention", "--encoder")]
+    known = ("--step", "--captions", "--data", "--native", "--index", "--attention", "--encoder")
+    modes = [flag for flag in argv if flag in known]
     rest = [flag for flag in argv if flag not in modes]
     bases = [{}] if any(flag.startswith("--preset=") for flag in rest) else [SMALL, MEDIUM]
     configs = [Config.from_flags([*(f"--{k}={v}" for k, v in base.items()), *rest]) for base in bases]
