@@ -112,7 +112,7 @@ def encode(encoder, pixels, device="cpu"):
 
 
 class Components:
-    """The first three principal components of vectors that come in parts: `add(f[n, D])`, then `colours(f[..., D])`."""
+    """The first three principal components of vectors that come in parts: `add(f[n, D])`, then `projection()`."""
 
     def __init__(self):
         self.count, self.sum, self.products = 0, 0.0, 0.0
@@ -127,9 +127,10 @@ class Components:
         axes = np.linalg.eigh(self.products / self.count - np.outer(mean, mean))[1][:, :-4:-1]
         return mean, axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0))
 
-    def project(self, features):
+    def projection(self):
+        """The function f[..., D] -> f[..., 3]."""
         mean, axes = self.fit()
-        return (features - mean) @ axes
+        return lambda features: (features - mean) @ axes
 
 
 def to_colours(projected):
@@ -171,20 +172,24 @@ def draw(out, names, options):
     """The pictures beside the .npz files."""
     from nano_aimv2.plots import components_page
 
+    def read(name):
+        with np.load(out / f"{name}.npz") as file:
+            return file["pixels"], file["features"]
+
     joint = Components()
     for name in names:
-        with np.load(out / f"{name}.npz") as file:
-            pixels, features = file["pixels"], file["features"]
+        pixels, features = read(name)
         if options.joint:
             joint.add(features)
         if options.pictures:
             own = Components()
             own.add(features)
-            components_page([(pixels, to_colours([own.project(features)])[0], name)], out / f"{name}.png")
+            components_page([(pixels, to_colours([own.projection()(features)])[0], name)], out / f"{name}.png")
     if options.joint:
-        shown = [np.load(out / f"{name}.npz") for name in names[:SHEET]]
-        colours = to_colours([joint.project(file["features"]) for file in shown])
-        components_page([(file["pixels"], colour, name) for file, colour, name in zip(shown, colours, names, strict=False)],
+        project = joint.projection()
+        shown = [(*read(name), name) for name in names[:SHEET]]
+        colours = to_colours([project(features) for _, features, _ in shown])
+        components_page([(pixels, colour, name) for (pixels, _, name), colour in zip(shown, colours, strict=True)],
                         out / "joint.png")
 
 

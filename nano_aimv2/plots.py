@@ -217,8 +217,8 @@ def components_page(pictures, path):
     pairs = min(2, len(pictures))
     rows = -(-len(pictures) // pairs)
     width = WIDTH / (2 * pairs) if len(pictures) > 1 else WIDTH / 3
-    heights = [max(width * pixels.shape[0] / pixels.shape[1] for pixels, *_ in pictures[r * pairs : (r + 1) * pairs])
-               for r in range(rows)]
+    heights = [width * max(min(2, pixels.shape[0] / pixels.shape[1]) for pixels, *_ in pictures[r * pairs : (r + 1) * pairs])
+               for r in range(rows)]  # a very tall picture is shown smaller
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, 2 * pairs, figsize=(2 * pairs * width, sum(heights) + 0.25 * rows + 0.2),
                                     squeeze=False, layout="constrained", height_ratios=heights)

@@ -81,9 +81,9 @@ def test_components_are_those_of_a_singular_value_decomposition_whatever_the_par
         parts.add(row)
     flat = features.reshape(-1, 5)
     axes = np.linalg.svd(flat - flat.mean(0))[2][:3].T
-    assert np.allclose(np.abs(parts.project(features)), np.abs((features - flat.mean(0)) @ axes))
+    assert np.allclose(np.abs(parts.projection()(features)), np.abs((features - flat.mean(0)) @ axes))
     assert (np.take_along_axis(parts.fit()[1], np.abs(parts.fit()[1]).argmax(0)[None], 0) > 0).all()
-    colours = encode.to_colours([parts.project(features)])[0]
+    colours = encode.to_colours([parts.projection()(features)])[0]
     assert (colours.min(), colours.max()) == (0, 1)
 
 

@@ -138,6 +138,20 @@ def test_transformers_processor_gives_our_pixels_of_a_picture_of_the_models_prop
     assert np.abs(back - ours).max() < 0.01
 
 
+def test_transformers_processor_shifts_a_photograph_by_a_fraction_of_a_pixel(transformers, tmp_path):
+    from matplotlib.cbook import get_sample_data
+
+    encoder = tiny_encoder(image_size=224, patch_size=14)
+    save_encoder(encoder, tmp_path / "out")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    image = Image.open(get_sample_data("grace_hopper.jpg"))  # 512 x 600
+    mean, std = (torch.tensor(v)[:, None, None] for v in (encoder.config.pixel_mean, encoder.config.pixel_std))
+    back = ((processor(image.copy(), return_tensors="pt")["pixel_values"][0] * std + mean) * 255).permute(1, 2, 0).numpy()
+    whole = np.abs(evaluation_pixels(image.copy(), encoder.config) - back).mean()
+    scaled = np.abs(evaluation_pixels(Image.open(get_sample_data("grace_hopper.jpg")), encoder.config) - back).mean()
+    assert (round(float(whole), 1), round(float(scaled), 1)) == (1.1, 2.1)  # of 255; the README names them
+
+
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
 def test_apples_names_are_read(tmp_path, positions):
     encoder = tiny_encoder(positions)
