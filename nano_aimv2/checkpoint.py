@@ -187,7 +187,7 @@ def load_init(model, config):
     """Start from the weights of the run `config.init`, fitted to this run's grid.
 
     A learned position table is resized to another grid. A run with sin-cos positions drops it: a table of one grid says
-    nothing of the others, and the weights learn the new positions in a few hundred steps (README).
+    nothing of the others. What that costs stands in the log as step 0, before any training.
 
     Raises: ValueError if the weights do not fit.
     """

@@ -16,6 +16,7 @@ from nano_aimv2.config import POST_TRAINING, PRESETS, Config
 from nano_aimv2.data import evaluation_pixels
 from nano_aimv2.generate import caption, complete, score, teacher_forced
 from nano_aimv2.model import AIMv2
+from nano_aimv2.plots import held_out_curves
 from nano_aimv2.positions import LearnedPositions, resize_table
 from nano_aimv2.shards import ShardWriter
 from nano_aimv2.tokenizer import Tokenizer
@@ -224,6 +225,12 @@ def test_evaluate_measures_runs_over_sizes_and_shapes(trained, learned, mixed, t
         for shape in ("up to 4:3", "4:3 to 2:1", "beyond 2:1")}
     assert all(1 <= r["images"] <= 5 and r["loss_image"] > 0 and 0 <= r["caption_exact"] <= 1 for r in rows)
     assert (tmp_path / "sizes.md").read_text().strip() in done.stdout and (tmp_path / "sizes.png").exists()
+
+
+def test_runs_are_drawn_together_with_where_each_of_them_ends(tmp_path):
+    rows = [{"step": k, "val_loss_text": 1 / (1 + k), "caption_exact": k / 10} for k in range(4)]
+    held_out_curves({"weight decay 0": rows, "1e-4": [{"step": 1, "loss": 2.0}, *rows[:2]]}, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 900
 
 
 @pytest.mark.parametrize("flags, message", [
