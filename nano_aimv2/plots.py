@@ -136,7 +136,8 @@ def show_grid(axis, values, title="", xlabel="key (what is looked at)", ylabel="
 WAY = {"data": ("07", (0, 1), ()), "patches": ("01", (1, 1), ("data",)), "text": ("06", (2, 0), ("data",)),
        "prefix mask": ("02", (2, 2), ()), "encoder": ("03", (2, 1), ("patches", "prefix mask")),
        "decoder": ("04", (3, 1), ("encoder", "text")), "losses": ("05", (4, 1), ("decoder",)),
-       "sampling": ("09", (4, 0), ("decoder",)), "training": ("08", (5, 1), ("losses",))}
+       "sampling": ("09", (4, 0), ("decoder",)), "training": ("08", (5, 1), ("losses",)),
+       "probe": ("10", (3, 2), ("encoder",))}
 
 
 def show_way(*here):
