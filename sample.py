@@ -9,12 +9,12 @@
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nano_aimv2 import distributed, generate
 from nano_aimv2.checkpoint import load_model
-from nano_aimv2.config import nearest, parse
+from nano_aimv2.config import read_flags
 from nano_aimv2.data import collate, evaluation_pixels
 from nano_aimv2.evaluate import Evaluation, held_out_sources
 from nano_aimv2.images import open_image
@@ -40,16 +40,9 @@ class Options:
 
 def read_options(argv):
     """`--key=value` flags -> Options. Raises ValueError on an unknown flag or a wrong value."""
-    types = {f.name: f.type for f in fields(Options)}
-    given = {}
-    for flag in argv:
-        name, equals, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or not equals:
-            raise ValueError(f"cannot read {flag!r}: options are written --key=value; --help shows examples")
-        if name not in types:
-            raise ValueError(f"unknown flag --{name}{nearest(name, types, '--')}; there are {', '.join('--' + t for t in types)}")
-        given[name] = parse(name, value, types[name])
-    options = Options(**given)
+    options, words = read_flags(Options, argv)
+    if words:
+        raise ValueError(f"cannot read {words[0]!r}: options are written --key=value; --help shows examples")
     if not 0 <= options.complete < 1:
         raise ValueError(f"--complete={options.complete} must be a fraction of the image between 0 and 1")
     if options.max_tokens < 0:

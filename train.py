@@ -75,11 +75,6 @@ def main(argv):
 
     # The loop
     log = metrics.MetricsLog(Path(config.run) / "metrics.jsonl", first_step) if runtime.is_main else None
-    if config.init and held_out and first_step == 0:  # what the weights can do on the new data before any step
-        row = evaluate(model, trained, held_out, runtime)
-        say("step 0: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
-        if log:
-            log.write(step=0, **row)
     loader = make_loader(data, first_step * config.grad_accum, config.num_workers, pin=runtime.device.type == "cuda")
     signal.signal(signal.SIGTERM, ask_to_stop)
     bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=not (runtime.is_main and sys.stderr.isatty()))
@@ -89,6 +84,7 @@ def main(argv):
         last = step == config.steps
         evaluating, saving = (last or bool(every and step > first_step and step % every == 0)
                               for every in (config.eval_every, config.save_every))
+        evaluating = evaluating or bool(config.init and step == 0)  # what the weights can do on the new data before any step
         if evaluating or saving:
             unchecked = check_finite(unchecked, data, config, scaler)
         if evaluating and held_out:

@@ -214,6 +214,26 @@ def parse(name, text, kind):
         raise ValueError(f"--{name}={text} must be {want[kind]}") from None
 
 
+def read_flags(kind, argv):
+    """A script's `--key=value` flags -> (an instance of the dataclass `kind`, the words that are no flags).
+
+    Raises: ValueError on an unknown flag or a wrong value.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    given, words = {}, []
+    for word in argv:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            words.append(word)
+        elif not equals:
+            raise ValueError(f"cannot read {word!r}: options are written --key=value; --help shows examples")
+        elif name not in types:
+            raise ValueError(f"unknown flag --{name}{nearest(name, types, '--')}; there are {', '.join('--' + t for t in types)}")
+        else:
+            given[name] = parse(name, value, types[name])
+    return kind(**given), words
+
+
 def check_type(name, value, kind):
     wide = (int, float) if kind is float else kind
     if not isinstance(value, wide) or (isinstance(value, bool) and kind is not bool):

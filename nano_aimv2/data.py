@@ -168,10 +168,13 @@ class TrainingData(torch.utils.data.Dataset):
     def names(self, k):
         """The samples of micro-batch k by shard and key (what replaced a damaged one is not looked up)."""
         start, rows, _, _ = self.place(k)
+        return [self.sources[s].shards.name(self.address(row, s, i, 0)[0]) for row, s, i in self.dealt(start, rows)]
+
+    def dealt(self, start, rows):
+        """[(row of the run, source, the how-manieth of it)] of the rows `rows` behind row `start`."""
         absolute = np.arange(start + rows.start, start + rows.stop)
         which, nth = deal(self.sources, self.config.seed, absolute)
-        return [self.sources[s].shards.name(self.address(int(row), int(s), int(i), 0)[0])
-                for row, s, i in zip(absolute, which, nth, strict=True)]
+        return list(zip(absolute.tolist(), which.tolist(), nth.tolist(), strict=True))
 
     def place(self, k):
         """Micro-batch k in the run: the row that begins its step, its rows of that step, the step's rows and area."""
@@ -184,13 +187,11 @@ class TrainingData(torch.utils.data.Dataset):
 
     def read(self, start, rows, size, area):
         """Rows of the global batch of `size` rows that begins at row `start` of the run, as a Batch of `area` patches."""
-        absolute = np.arange(start + rows.start, start + rows.stop)
-        which, nth = deal(self.sources, self.config.seed, absolute)
         images, ids, skipped = [], [], []
-        for row, k, i in zip(absolute, which, nth, strict=True):
+        for row, k, i in self.dealt(start, rows):
             source = self.sources[k]
             for attempt in range(TRIES):
-                sample, rng = self.address(int(row), int(k), int(i), attempt)
+                sample, rng = self.address(row, k, i, attempt)
                 try:
                     caption = pick_caption(source, sample, rng)
                     token_ids = self.tokenizer.encode(caption, self.config.max_tokens)

@@ -13,14 +13,14 @@ Way: pictures -> encoder -> **features**. Source of the view: PCA of dense featu
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nano_aimv2 import distributed
-from nano_aimv2.config import nearest, parse
+from nano_aimv2.config import read_flags
 from nano_aimv2.data import evaluation_pixels, to_patches
 from nano_aimv2.hub import load_encoder
 from nano_aimv2.images import open_image, resize, upright_size
@@ -46,19 +46,7 @@ class Options:
 
 def read_options(argv):
     """`--key=value` flags and picture names -> (Options, names). Raises ValueError on anything else."""
-    types = {f.name: f.type for f in fields(Options)}
-    given, names = {}, []
-    for word in argv:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            names.append(word)
-        elif not equals:
-            raise ValueError(f"cannot read {word!r}: options are written --key=value; --help shows examples")
-        elif name not in types:
-            raise ValueError(f"unknown flag --{name}{nearest(name, types, '--')}; there are {', '.join('--' + t for t in types)}")
-        else:
-            given[name] = parse(name, value, types[name])
-    options = Options(**given)
+    options, names = read_flags(Options, argv)
     if not options.weights:
         raise ValueError("no weights: give --weights=RUN, a folder of published weights, or a repository id")
     if not names:
