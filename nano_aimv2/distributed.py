@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,10 @@ def start(device="auto", dtype="auto", parallel="auto", compile="auto"):
         torch.set_float32_matmul_precision("high")
     if world > 1:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, timeout=timedelta(minutes=TIMEOUT_MINUTES))
+        timeout = timedelta(minutes=TIMEOUT_MINUTES)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(name_of_start(store, rank, world), store)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world, timeout=timeout)
     if parallel == "auto":
         parallel = "ddp" if world > 1 else "none"
     elif parallel == "none" and world > 1:
@@ -84,6 +88,26 @@ def start(device="auto", dtype="auto", parallel="auto", compile="auto"):
         print("torch.compile needs a compiler that Windows does not have: running without it")
         compiled = False
     return Runtime(rank, world, device, dtype, parallel, compiled)
+
+
+def name_of_start(store, rank, world):
+    """A name for what the ranks write into `store` (torch.distributed's) in this start; every rank gets the same.
+
+    After `torchrun --max-restarts` brings ranks back, torchrun's store still holds the addresses of those that died
+    (pytorch issue 135712), and a rank that reads one finds nobody there. So rank 0 draws a name and hands it to each other
+    rank under the nonce which that rank drew now: no answer of an earlier start fits.
+    """
+    mine = uuid4().hex
+    store.set(f"nonce of {rank}", mine)
+    if rank:
+        name = store.get(f"name for {mine}").decode()  # waits for it
+        store.set(f"{name} came to {rank}", "")
+        return name
+    for other in range(1, world):
+        while not store.check([f"{mine} came to {other}"]):
+            store.set(f"name for {store.get(f'nonce of {other}').decode()}", mine)
+            time.sleep(0.01)
+    return mine
 
 
 def stop():

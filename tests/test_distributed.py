@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, random_batch, run_script, tiny_config
 from safetensors.torch import load_file
 from test_train import curve
@@ -102,6 +104,14 @@ def test_a_killed_rank_ends_the_others_and_max_restarts_brings_all_back(trained,
     assert len(starts) == 2 and "step 0 of 20" in starts[0] and "step 0 of 20" not in starts[1], output
     for one, two in zip(curve(trained[0]), curve(folder), strict=True):
         assert one[1:] == pytest.approx(two[1:], abs=1e-4)
+
+
+def test_ranks_of_a_start_agree_on_its_name_whatever_the_store_holds_from_an_earlier_one():
+    store, names = dist.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as ranks:
+            names.append(set(ranks.map(lambda rank: distributed.name_of_start(store, rank, 4), range(4))))
+    assert [len(name) for name in names] == [1, 1, 1] and len(set.union(*names)) == 3
 
 
 def test_a_loss_that_is_not_finite_names_step_term_and_samples(tiny_flags, tmp_path):
