@@ -102,7 +102,8 @@ def main(argv):
         begin = time.perf_counter()
         batches = [next(loader) for _ in range(config.grad_accum)]
         data_s = time.perf_counter() - begin
-        prefixes = [step_prefix_len(b.grid.prod(dim=1), config.seed, step, b.rows, b.global_size) for b in batches]
+        prefixes = [step_prefix_len(b.grid.prod(dim=1), config.seed, step, b.rows, b.global_size, config.prefix)
+                    for b in batches]
         counts = count_targets(batches, prefixes)
         image_count, text_count, stops = runtime.sum(*(sum(c) for c in zip(*counts, strict=True)), ask_to_stop.asked)
         if stops:
@@ -133,9 +134,9 @@ def main(argv):
         bar.update()
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             text_sum, image_sum, stats_sum, skipped_all = runtime.sum(*sums, skipped)
-            text, image = text_sum / text_count, image_sum / image_count
-            row = dict(step=step + 1, loss=text + config.alpha * image, loss_text=text, loss_image=image,
-                       loss_stats=stats_sum / image_count, lr=lr, grad_norm=float(grad_norm), skipped=int(skipped_all),
+            text, image, stats = text_sum / text_count, image_sum / max(image_count, 1), stats_sum / max(image_count, 1)
+            row = dict(step=step + 1, loss=config.text_weight * text + config.alpha * image, loss_text=text, loss_image=image,
+                       loss_stats=stats, lr=lr, grad_norm=float(grad_norm), skipped=int(skipped_all),
                        **window.rates(runtime))
             if log:
                 log.write(**row)
@@ -171,7 +172,7 @@ def backward(trained, batches, prefixes, counts, total_counts, config, runtime, 
             with runtime.autocast():
                 losses = trained(batch.to(runtime.device), prefix_len.to(runtime.device), counts[i])
                 # DDP and FSDP average over ranks where we want the sum
-                loss = losses.total(config.alpha, *total_counts) * runtime.world
+                loss = losses.total(config.alpha, *total_counts, config.text_weight) * runtime.world
             scaler.scale(loss).backward()
         sums = sums + torch.stack([losses.text_sum, losses.image_sum, losses.stats_sum]).detach()
     return sums

@@ -18,12 +18,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-CHOICES = {"positions": ("sincos", "learned"), "device": ("auto", "cpu", "cuda", "mps"),
+CHOICES = {"positions": ("sincos", "learned"), "prefix": ("random", "causal", "full"), "device": ("auto", "cpu", "cuda", "mps"),
            "dtype": ("auto", "float32", "bfloat16", "float16"), "parallel": ("auto", "none", "ddp", "fsdp", "hybrid"),
            "compile": ("auto", "true", "false")}
 AT_LEAST = {"image_size": 1, "patch_size": 1, "max_tokens": 2, "vocab_size": 2, "embed_dim": 1, "num_blocks": 1,
             "num_heads": 1, "decoder_dim": 1, "decoder_blocks": 1, "decoder_heads": 1, "mlp_multiple": 1, "steps": 1,
-            "batch_size": 1, "grad_accum": 1, "warmup_steps": 0, "min_lr": 0, "weight_decay": 0, "alpha": 0,
+            "batch_size": 1, "grad_accum": 1, "warmup_steps": 0, "min_lr": 0, "weight_decay": 0, "alpha": 0, "text_weight": 0,
             "num_workers": 0, "log_every": 1, "eval_every": 0, "eval_images": 1, "save_every": 0, "keep": 1, "seed": 0}
 ABOVE_ZERO = ("lr", "clip_grad")
 # A run may be continued under other values of these; everything else shapes its numbers.
@@ -78,6 +78,9 @@ class Config:
     beta_2: float = 0.95
     clip_grad: float = 1.0  # global gradient norm
     alpha: float = 0.4  # weight of the image loss
+    text_weight: float = 1.0  # weight of the caption loss; the paper has 1, and 0 where it compares with image only
+    prefix: str = "random"  # M in training: random, 1 .. n-1; causal, 1; full, n, which leaves no patch to predict
+    raw_pixels: bool = False  # predict patches as they are, not normalised one by one
 
     # how it runs
     device: str = "auto"
@@ -123,6 +126,11 @@ class Config:
             if len(getattr(self, name)) != 3 or (name == "pixel_std" and min(self.pixel_std) <= 0):
                 raise ValueError(f"{name}={getattr(self, name)} must be three numbers, one a colour channel"
                                  + (", above 0" if name == "pixel_std" else ""))
+        if self.prefix == "full" and self.alpha > 0:
+            raise ValueError(f"prefix='full' shows the encoder every patch and leaves none to predict; alpha={self.alpha} must "
+                             "be 0 with it")
+        if not self.alpha + self.text_weight > 0:
+            raise ValueError(f"alpha={self.alpha} and text_weight={self.text_weight} leave nothing to learn: one must be above 0")
         if self.batch_size < self.grad_accum:
             raise ValueError(f"batch_size={self.batch_size} must be at least grad_accum={self.grad_accum}")
         if self.native_area:
@@ -308,4 +316,4 @@ POST_TRAINING = ("large-336", "large-448", "large-native", "toy-highres", "toy-n
 # What a run that starts from another's weights (--init) must share with it. Not all of these change a weight's shape:
 # another number of heads, or another order of tokens, would load without a word and be wrong.
 SHARED = ("patch_size", "max_tokens", "vocab_size", "pixel_mean", "pixel_std", "embed_dim", "num_blocks", "num_heads",
-          "decoder_dim", "decoder_blocks", "decoder_heads", "mlp_multiple")
+          "decoder_dim", "decoder_blocks", "decoder_heads", "mlp_multiple", "raw_pixels")

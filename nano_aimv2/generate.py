@@ -119,8 +119,10 @@ def score(model, patches, grid, tokenizer, captions):
 
 def patch_pixels(model, states):
     """Decoder states f[B, K, Dd] -> the patches that they predict, as raw pixels u8[B, K, P]."""
-    mean, log_std = model.decoder.stats_head(states).float().split(1, dim=-1)
-    patches = denormalize_patches(model.decoder.pixel_head(states).float(), mean, log_std.exp())
+    patches = model.decoder.pixel_head(states).float()
+    if not model.config.raw_pixels:
+        mean, log_std = model.decoder.stats_head(states).float().split(1, dim=-1)
+        patches = denormalize_patches(patches, mean, log_std.exp())
     return float_to_pixels(patches, model.config.pixel_mean, model.config.pixel_std)
 
 

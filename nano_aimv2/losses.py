@@ -26,13 +26,16 @@ class Losses:
     text_count: torch.Tensor  # target tokens
     stats_sum: torch.Tensor  # over target patches, of the statistics head's error; its gradient reaches that head only
 
-    def total(self, alpha, image_count, text_count):
-        """The objective, divided by counts summed over the *global* batch. Raises ValueError on an empty target set."""
-        if not (image_count > 0 and text_count > 0):
+    def total(self, alpha, image_count, text_count, text_weight=1.0):
+        """The objective, divided by counts summed over the *global* batch.
+
+        Raises: ValueError on an empty target set; there may be no target patch where alpha is 0.
+        """
+        if not (text_count > 0 and (image_count > 0 or alpha == 0)):
             raise ValueError(f"{int(image_count)} target patches and {int(text_count)} target tokens in the batch; both "
                              "must be at least 1: draw prefixes below n, and give every image a caption")
-        image = (alpha * self.image_sum + self.stats_sum) / image_count
-        return self.text_sum / text_count + image
+        image = (alpha * self.image_sum + self.stats_sum) / max(image_count, 1)
+        return text_weight * self.text_sum / text_count + image
 
 
 def image_loss(predicted, target):

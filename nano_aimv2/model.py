@@ -58,7 +58,9 @@ class AIMv2(nn.Module):
         is_target = is_image_target(prefix_len, num_patches, patches.shape[1])  # bool[B, A]
         rows = true_rows(is_target, num_targets[0])  # i64[K], into B*A
         states = image_states.flatten(0, 1)[rows - 1]  # f[K, Dd]
-        target, mean, std = normalize_patches(patches.flatten(0, 1)[rows])  # f[K, P], f[K, 1], f[K, 1]
+        target = patches.flatten(0, 1)[rows]  # f[K, P]
+        normalized, mean, std = normalize_patches(target)  # f[K, P], f[K, 1], f[K, 1]
+        target = target if config.raw_pixels else normalized
         image_sum, image_count = image_loss(decoder.pixel_head(states), target)
         stats_sum = stats_loss(decoder.stats_head(states.detach()), mean, std)
 

@@ -265,3 +265,42 @@ def probe_bars(rows, chance, path):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows) + 1)
         figure.savefig(path)
         plt.close(figure)
+
+
+def study_page(panels, flops, path):
+    """The arms of a study: {name of a metric: {(arm, samples): (mean, half its interval)}}, a panel each.
+
+    Curves over samples, or over training FLOPs where {(arm, samples): FLOPs} is given; dots if there is one sample count.
+    """
+    colours = (BLUE, ORANGE, GREEN, RED, GREY)
+    with plt.rc_context(STYLE):
+        arms = list(dict.fromkeys(arm for cells in panels.values() for arm, _ in cells))
+        counts = sorted({samples for cells in panels.values() for _, samples in cells})
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.4), layout="constrained", squeeze=False)
+        for axis, (label, cells) in zip(axes.flat, panels.items(), strict=True):
+            for (place, arm), colour in zip(enumerate(arms), itertools.cycle(colours)):
+                mine = sorted((samples, *cells[arm, samples]) for samples in counts if (arm, samples) in cells)
+                if not mine:
+                    continue
+                samples, means, halves = map(list, zip(*mine, strict=True))
+                halves = [half if math.isfinite(half) else 0 for half in halves]
+                if len(counts) == 1:
+                    axis.errorbar(means, [place], xerr=halves, fmt="o", ms=5, capsize=3, color=BLUE if place else ORANGE)
+                else:
+                    x = [flops[arm, count] for count in samples] if flops else samples
+                    axis.errorbar(x, means, yerr=halves, fmt="o-", ms=4, lw=1.6, capsize=3, color=colour, label=arm)
+            if len(counts) == 1:
+                axis.set(yticks=range(len(arms)), yticklabels=arms if axis is axes[0, 0] else [], ylim=(len(arms) - 0.5, -0.5),
+                         xlabel=label)
+                if (arms[0], counts[0]) in cells:
+                    axis.axvline(cells[arms[0], counts[0]][0], color=ORANGE, lw=0.8, ls="--")
+            else:
+                axis.set(xscale="log", xlabel="training FLOPs" if flops else "samples seen", ylabel=label)
+                if not flops:
+                    axis.set_xticks(counts, [f"{count:,}" for count in counts])
+                    axis.minorticks_off()
+        if len(counts) > 1:
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 5))
+        figure.suptitle("Means over seeds, 95% intervals from the spread over seeds", fontsize=10)
+        figure.savefig(path)
+        plt.close(figure)

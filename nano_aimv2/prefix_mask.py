@@ -30,11 +30,14 @@ def sample_prefix_len(num_patches, generator):
     return prefix_len_from_uniform(num_patches, torch.rand(len(num_patches), generator=generator, dtype=torch.float64))
 
 
-def step_prefix_len(num_patches, seed, step, rows, batch_size):
+def step_prefix_len(num_patches, seed, step, rows, batch_size, prefix="random"):
     """The prefix lengths of rows `rows` (a slice) of the global batch of `step`: a pure function of (seed, step).
 
     The whole global batch is drawn and sliced, so that they do not depend on ranks, workers or accumulation steps.
+    `prefix`: "random", as the paper has it, or what it is compared with: "causal" (M = 1) and "full" (M = n).
     """
+    if prefix != "random":
+        return torch.ones_like(num_patches) if prefix == "causal" else num_patches.clone()
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     return prefix_len_from_uniform(num_patches, uniform[rows])
