@@ -107,8 +107,10 @@ def save_model(run, model, runtime):
     runtime.barrier()
 
 
-def load_model(run, device="cpu"):
+def load_model(run, device="cpu", kind=AIMv2):
     """Load a trained run: `load_model("runs/toy")` -> (AIMv2 in evaluation mode, Config, Tokenizer).
+
+    kind: the class of the model, `contrastive.CLIP` for a run of that file.
 
     Raises: ValueError if the folder holds no finished run, or weights of another shape.
     """
@@ -119,7 +121,7 @@ def load_model(run, device="cpu"):
     config = Config.load(folder / "config.json")
     shipped = folder / "tokenizer.tiktoken"
     tokenizer = Tokenizer(shipped if shipped.exists() else config.tokenizer)
-    model = AIMv2(config)
+    model = kind(config)
     load_weights(model, folder / "model.safetensors")
     return model.to(device).eval(), config, tokenizer
 

@@ -12,7 +12,7 @@ LAYERS = [
     ["encoder", "decoder", "losses", "data"],
     ["model", "hub"],
     ["generate", "evaluate", "checkpoint", "encode"],
-    ["probe"],
+    ["probe", "contrastive"],
     ["bench", "study", "budget"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
