@@ -171,7 +171,7 @@ def read_config(argv):
 
 
 def main(argv):
-    # Settings, run folder
+    # Settings
     config = read_config(argv)
     folder = Path(config.run)
     if (folder / "checkpoints").exists():
@@ -179,20 +179,22 @@ def main(argv):
     runtime = distributed.start(config.device, config.dtype, "none", config.compile)
     if runtime.dtype == torch.float16:
         raise ValueError("dtype=float16 would need a loss scaler, which this file does not have: use --dtype=float32")
-    if checkpoint.claim_run(config) and (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists():
+        checkpoint.claim_run(config)  # a ValueError if its settings are others
         checkpoint.load_model(folder, kind=CLIP)  # a ValueError if it holds something else
         print(f"{folder} is finished: nothing to train; delete the folder to start again")
         return
 
-    # Data, model, optimizer
+    # Data, run folder, model, optimizer
     tokenizer = Tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
                          f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
-    tokenizer.save(folder)
     data = TrainingData(config, tokenizer)
     held_out = {split: Evaluation(source, config, tokenizer, config.eval_images)
                 for split, source in held_out_sources(config).items()}
+    checkpoint.claim_run(config)
+    tokenizer.save(folder)
     torch.manual_seed(config.seed)
     model = CLIP(config).to(runtime.device)
     if runtime.compile:

@@ -9,11 +9,25 @@ from conftest import random_batch, tiny_config
 
 from nano_aimv2 import contrastive
 from nano_aimv2.checkpoint import load_model
-from nano_aimv2.contrastive import CLIP, contrastive_loss, negatives_and_own, train_step
+from nano_aimv2.contrastive import CLIP, contrastive_loss, evaluate, negatives_and_own, train_step
+from nano_aimv2.data import Batch
 from nano_aimv2.distributed import Runtime
+from nano_aimv2.evaluate import Evaluation, held_out_sources
 from nano_aimv2.metrics import read_metrics
 from nano_aimv2.model import AIMv2
 from nano_aimv2.optim import make_optimizer
+from nano_aimv2.probe import encode, read_labelled
+from nano_aimv2.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small are only slowed down by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), torch.float32, "none", False)
 
@@ -54,11 +68,10 @@ def test_pairs_of_equal_captions_are_neither_right_nor_wrong_for_each_other():
     expected[0, 2] = expected[2, 0] = False
     assert torch.equal(is_compared, expected)
     images, texts = unit_vectors(4, 6, seed=3), unit_vectors(4, 6, seed=4)
-    images.requires_grad_()
     loss = contrastive_loss(images, texts, 10.0, is_compared)
-    assert float(loss) == pytest.approx(info_nce(images.detach(), texts, 10.0, {(0, 2), (2, 0)}), rel=1e-5)
+    assert loss.item() == pytest.approx(info_nce(images, texts, 10.0, {(0, 2), (2, 0)}), rel=1e-5)
     all_equal = contrastive_loss(images, texts, 10.0, negatives_and_own(tokens[[0, 0, 0, 0]], torch.full((4,), 2)))
-    assert float(all_equal) == 0, "nothing to tell apart, nothing to lose"
+    assert all_equal.item() == 0, "nothing to tell apart, nothing to lose"
 
 
 # Towers
@@ -100,7 +113,7 @@ def test_the_encoder_and_the_text_trunk_are_shaped_like_aimv2s():
     ours, theirs = CLIP(config), AIMv2(config)
     for a, b in ((ours.encoder, theirs.encoder), (ours.text_trunk, theirs.decoder.trunk)):
         assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
-    assert math.exp(-float(ours.log_scale)) == pytest.approx(0.07)
+    assert math.exp(-ours.log_scale.item()) == pytest.approx(0.07)
 
 
 def test_every_weight_learns_and_the_scale_stays_below_its_cap():
@@ -113,7 +126,7 @@ def test_every_weight_learns_and_the_scale_stays_below_its_cap():
     assert not still, f"{still} did not move"
     model.log_scale.data.fill_(math.log(500))
     train_step(model, make_optimizer(model, 1e-2, 0.0, (0.9, 0.95)), batch, 1e-2, 1.0, RUNTIME)
-    assert float(model.log_scale.exp()) == pytest.approx(100)
+    assert model.log_scale.exp().item() == pytest.approx(100)
 
 
 # Runs
@@ -121,9 +134,8 @@ def test_every_weight_learns_and_the_scale_stays_below_its_cap():
 
 @pytest.fixture(scope="module")
 def clip_flags(tiny_flags):
-    changed = ("--steps", "--lr", "--eval_images", "--eval_every")
-    return [flag for flag in tiny_flags if not flag.startswith(changed)] + [
-        "--steps=60", "--lr=3e-3", "--eval_images=24", "--eval_every=40"]
+    changed = ("--steps", "--eval_images", "--eval_every")
+    return [flag for flag in tiny_flags if not flag.startswith(changed)] + ["--steps=120", "--eval_images=18", "--eval_every=80"]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +149,105 @@ def clip_run(clip_flags, tmp_path_factory):
 def test_a_run_learns_and_leaves_what_is_promised(clip_run):
     rows = read_metrics(clip_run / "metrics.jsonl")
     train, val = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
-    assert [row["step"] for row in train] == list(range(1, 61)) and [row["step"] for row in val] == [40, 60]
+    assert [row["step"] for row in train] == list(range(1, 121)) and [row["step"] for row in val] == [80, 120]
     assert set(train[0]) == {"step", "loss", "lr", "grad_norm", "step_ms", "img_per_s"}
-    print(train[0]["loss"], np.mean([row["loss"] for row in train[-10:]]), val)
+    last = sum(row["loss"] for row in train[-10:]) / 10
+    assert last < 0.7 * math.log(12), f"loss {last:.2f}, chance {math.log(12):.2f}"
+    assert val[-1]["val_batch"] == 18 and val[-1]["val_batch_novel"] == 16 and 0 <= val[-1]["val_retrieval"] <= 1
     model, config, tokenizer = load_model(clip_run, kind=CLIP)
     assert config.batch_size == 12 and tokenizer.eos < config.vocab_size and not model.training
+    assert (clip_run / "tokenizer.tiktoken").exists()
+
+
+def test_a_runs_encoder_can_be_probed(clip_run, scenes):
+    model, config, _ = load_model(clip_run, kind=CLIP)
+    train, test = (read_labelled(scenes / split, config, 40)[0] for split in ("train", "val"))
+    features = encode(model.encoder, test, config)
+    assert features.shape == (len(test.patches), 25, 24) and len(train.patches) > 0
+
+
+def test_retrieval_is_right_where_the_own_caption_beats_all_different_ones(scenes):
+    config = tiny_config(data=f"{scenes}:alt:1")
+    evaluation = Evaluation(held_out_sources(config)["val"], config, Tokenizer(config.tokenizer), 10, batch_size=4)
+    assert [len(batch.patches) for batch in evaluation.batches] == [4, 4, 2]
+    firsts = [int(batch.patches.sum()) for batch in evaluation.batches]
+
+    class Told(CLIP):
+        """Knows the first batch's pairs, and takes every picture of the others for the first."""
+
+        def forward(self, batch):
+            eye = torch.eye(len(batch.patches), config.decoder_dim)
+            return (eye, eye) if int(batch.patches.sum()) == firsts[0] else (eye[:1].expand_as(eye), eye)
+
+    for batch in evaluation.batches:
+        batch.tokens[:, 0] = torch.arange(len(batch.tokens))  # all different
+    assert evaluate(Told(config), evaluation, RUNTIME)["val_retrieval"] == 5 / 8  # 4 of 4 and 1 of 4; the batch of 2 is left out
+    evaluation.batches[1].tokens[:], evaluation.batches[1].num_tokens[:] = 7, 3  # all equal: none can be wrong
+    assert evaluate(Told(config), evaluation, RUNTIME)["val_retrieval"] == 1
+
+
+def test_it_sees_the_very_samples_that_train_py_sees(clip_flags, tmp_path, monkeypatch):
+    import train
+
+    class Seen(Exception):
+        pass
+
+    def recorder(seen):
+        def record(*args):
+            batch = next(arg for arg in (a[0] if isinstance(a, list) else a for a in args) if isinstance(arg, Batch))
+            seen.append(batch)
+            if len(seen) == 2:
+                raise Seen
+            return real[len(args)](*args)
+        return record
+
+    real = {8: train.backward, 6: train_step}
+    ours, theirs = [], []
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "backward", recorder(theirs))
+    monkeypatch.setattr(contrastive, "train_step", recorder(ours))
+    for main, name in ((train.main, "theirs"), (contrastive.main, "ours")):
+        with pytest.raises(Seen):
+            main([*clip_flags, "--crop_scale=0.5", "--seed=3", f"--run={tmp_path / name}"])
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.patches, b.patches) and torch.equal(a.tokens, b.tokens)
+    assert not torch.equal(ours[0].patches, ours[1].patches)
+
+
+def test_a_finished_run_is_left_as_it_is_and_an_interrupted_one_starts_again(clip_run, clip_flags, tmp_path, capsys):
+    log = (clip_run / "metrics.jsonl").read_text()
+    contrastive.main([*clip_flags, f"--run={clip_run}"])
+    assert "is finished" in capsys.readouterr().out and (clip_run / "metrics.jsonl").read_text() == log
+    with pytest.raises(ValueError, match="lr=0.001 there, 0.5 asked for"):
+        contrastive.main([*clip_flags, "--lr=0.5", f"--run={clip_run}"])
+    folder, flags = tmp_path / "run", [*clip_flags, "--steps=4", f"--run={tmp_path / 'run'}"]
+    contrastive.main(flags)
+    losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    (folder / "model.safetensors").unlink()  # as after a kill
+    contrastive.main(flags)
+    assert [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row] == losses and len(losses) == 4
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--grad_accum=2", "use --grad_accum=1"), ("--batch_size=1", "least --batch_size=2"), ("--init=runs/x", "leave --init out"),
+    ("--dtype=float16", "use --dtype=float32"), ("--vocab_size=700", "use --vocab_size=768"), ("--data=none", "does not exist"),
+    ("--stepz=3", "did you mean --steps")])
+def test_what_it_does_not_do_is_refused_before_anything_is_written(flag, message, clip_flags, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        contrastive.main([*clip_flags, flag, f"--run={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists(), "the folder is free for the corrected flags"
+
+
+def test_many_processes_and_a_folder_of_train_py_are_refused(clip_flags, trained, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="holds a run of train.py"):
+        contrastive.main([*clip_flags, f"--run={trained[0]}"])
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(trained[0], kind=CLIP)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes.*without torchrun"):
+        contrastive.main([*clip_flags, f"--run={tmp_path}"])
+
+
+def test_without_a_run_flag_it_stays_out_of_train_pys_folder():
+    assert contrastive.read_config(["--preset=photos"]).run == "runs/photos-clip"
+    assert contrastive.read_config(["--run=runs/here"]).run == "runs/here"
