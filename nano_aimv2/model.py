@@ -52,7 +52,8 @@ class AIMv2(nn.Module):
         patches = pixels_to_float(batch.patches, config.pixel_mean, config.pixel_std)  # f[B, A, P]
         num_patches = batch.grid.prod(dim=1)  # n, i64[B]
         features = self.encoder(patches, batch.grid, prefix_len)  # f[B, A, De]
-        image_states, text_states = decoder(features, num_patches, batch.tokens[:, :-1])  # f[B, A, Dd], f[B, T, Dd]
+        tokens = batch.tokens[:, : config.max_tokens]  # i64[B, T]; batches round T up, what is beyond is padding
+        image_states, text_states = decoder(features, num_patches, tokens[:, :-1])  # f[B, A, Dd], f[B, T, Dd]
 
         # State j predicts patch j+1 (patch 0 is never a target). Only rows that have a target reach the heads.
         is_target = is_image_target(prefix_len, num_patches, patches.shape[1])  # bool[B, A]
@@ -65,7 +66,7 @@ class AIMv2(nn.Module):
         stats_sum = stats_loss(decoder.stats_head(states.detach()), mean, std)
 
         # Text state t predicts token t: BOS the first, the last word EOS.
-        target = text_targets(batch.tokens, batch.num_tokens)  # i64[B, T]
+        target = text_targets(tokens, batch.num_tokens)  # i64[B, T]
         rows = true_rows(target != IGNORE, num_targets[1])  # i64[K], into B*T
         text_sum, text_count = text_loss(decoder.text_head(text_states.flatten(0, 1)[rows]), target.flatten()[rows])
         return Losses(image_sum, image_count, text_sum, text_count, stats_sum)

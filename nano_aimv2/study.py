@@ -302,20 +302,25 @@ def report(study, rows):
     return "\n".join(lines) + "\n"
 
 
-def run_study(study, jobs, path, at_once=1):
-    """Train and measure what `path` (a .jsonl) has no row of yet, `at_once` runs side by side; returns the study's rows.
+def run_jobs(jobs, path, at_once=1):
+    """Train and measure what `path` (a .jsonl) has no row of yet, `at_once` runs side by side; returns all rows.
 
     A run that fails stops no other; RuntimeError names all of them at the end.
     """
     jobs, path = list(jobs), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.read_text() if path.exists() else ""
+    if written and not written.endswith("\n"):
+        path.write_text(written + "\n")  # a row that a kill has cut spoils none that follows
     wanted = {job.key for job in jobs}
-    rows = [row for row in (metrics.read_metrics(path) if path.exists() else ()) if key_of(row) in wanted]
+    rows = [row for row in (metrics.read_metrics(path) if written else ()) if key_of(row) in wanted]
     measured = {key_of(row) for row in rows}
     left, failed = [job for job in jobs if job.key not in measured], []
+    if not left:
+        return rows
     threads = max(1, (os.cpu_count() or 1) // at_once)
     with ProcessPoolExecutor(at_once, get_context("spawn"), start, (threads,)) as pool, \
-            tqdm(total=len(jobs), initial=len(rows), unit="run", disable=not left) as bar:
+            tqdm(total=len(jobs), initial=len(rows), unit="run") as bar:
         for future in as_completed({pool.submit(do, job) for job in left}):
             try:
                 row = future.result()
@@ -366,7 +371,7 @@ def main(argv):
     jobs = jobs_of(study, base, given.seeds, f"{given.runs}/{given.preset}-{given.name}", choose_device(given.device).type,
                    PROBED[given.preset])
     out = Path(given.out) / f"{given.preset}-{given.name}"
-    rows = run_study(study, jobs, f"{out}.jsonl", given.jobs)
+    rows = run_jobs(jobs, f"{out}.jsonl", given.jobs)
     text = report(study, rows)
     Path(f"{out}.md").write_text(text)
     print(text)

@@ -34,6 +34,9 @@ def test_flags_are_read_by_type():
     (["--grad_accum=64"], "batch_size=.* must be at least grad_accum=64"),
     (["--pixel_std=0,1,1"], "pixel_std"),
     (["--native_area=7,12", "--positions=learned"], "needs positions='sincos'"),
+    (["--prefix=half"], "prefix='half' must be one of random, causal, full"),
+    (["--prefix=full"], "leaves none to predict; alpha=0.4 must be 0 with it"),
+    (["--alpha=0", "--text_weight=0"], "leave nothing to learn"),
     (["steps=3"], "cannot read 'steps=3'"),
     (["--steps"], "cannot read '--steps'"),
 ])

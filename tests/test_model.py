@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,37 @@ def test_an_empty_target_set_is_an_error():
     losses = model(random_batch(model.config), torch.tensor([3, 8, 2]))
     with pytest.raises(ValueError, match="at least 1"):
         losses.total(0.4, 0, 12)
+    with pytest.raises(ValueError, match="at least 1"):
+        losses.total(0.0, 5, 0)
+
+
+def test_captions_alone_and_images_alone_train_their_head_and_the_encoder():
+    model = AIMv2(tiny_config())
+    batch, n = random_batch(model.config), torch.full((3,), 25)
+    for alpha, text_weight, prefix_len, trained in ((0.0, 1.0, n, "text"), (0.4, 0.0, torch.tensor([3, 8, 2]), "pixel")):
+        model.zero_grad()
+        losses = model(batch, prefix_len)
+        losses.total(alpha, int(losses.image_count), int(losses.text_count), text_weight).backward()
+        heads = {head: float(getattr(model.decoder, f"{head}_head").weight.grad.abs().max()) for head in ("text", "pixel")}
+        assert heads.pop(trained) > 0 and set(heads.values()) == {0.0}, (trained, heads)
+        assert float(model.encoder.proj.weight.grad.abs().max()) > 0
+
+
+def test_raw_targets_are_the_pixels_themselves():
+    model = AIMv2(tiny_config(raw_pixels=True))
+    torch.nn.init.zeros_(model.decoder.pixel_head.weight)  # predicts zero
+    batch, M = random_batch(model.config), torch.tensor([3, 8, 2])
+    pixels = pixels_to_float(batch.patches, model.config.pixel_mean, model.config.pixel_std)
+    square = sum(float(pixels[i, m:].square().mean(dim=1).sum()) for i, m in enumerate(M.tolist()))
+    assert float(model(batch, M).image_sum) == pytest.approx(square, rel=1e-5)
+
+
+def test_a_caption_as_long_as_max_tokens_fits_where_batches_round_its_length_up():
+    config = tiny_config(max_tokens=13)
+    batch = random_batch(config, num_tokens=(13, 4, 9))
+    padded = replace(batch, tokens=F.pad(batch.tokens, (0, 3)))  # 16, as data.collate makes it
+    model, M = AIMv2(config), torch.tensor([3, 8, 2])
+    assert float(model(padded, M).text_sum) == pytest.approx(float(model(batch, M).text_sum), rel=1e-6)
 
 
 def test_q_k_v_are_initialised_each_by_itself_and_heads_are_small():

@@ -38,6 +38,12 @@ def test_prefixes_are_a_function_of_seed_and_step_however_the_batch_is_cut():
     assert not torch.equal(whole, step_prefix_len(n, 4, 8, slice(0, 10), 10))
 
 
+def test_causal_and_full_prefixes_are_one_and_all():
+    n = torch.tensor([5, 9, 2])
+    assert step_prefix_len(n, 1, 2, slice(0, 3), 3, "causal").tolist() == [1, 1, 1]
+    assert step_prefix_len(n, 1, 2, slice(0, 3), 3, "full").tolist() == [5, 9, 2]
+
+
 def test_an_image_of_one_patch_is_refused():
     with pytest.raises(ValueError, match="needs? 2|need 2"):
         sample_prefix_len(torch.tensor([4, 1]), torch.Generator())
