@@ -39,8 +39,10 @@ def best_grid(width, height, area):
     """
     aspect = width / height
     ideal = (area / aspect) ** 0.5  # rows of the exact proportions, not a whole number
+    near = [int(ideal) + d for d in (-1, 0, 1, 2)]
+    near += [area // max(1, int(ideal * aspect) + d) for d in (0, 1)]  # a long image: as many rows as so few columns leave
     best = (0.0, 1, 1)
-    for rows in {max(1, min(area, int(ideal) + d)) for d in (-1, 0, 1, 2)}:
+    for rows in {max(1, min(area, rows)) for rows in near}:
         ideal_cols = rows * aspect
         for cols in {max(1, min(area // rows, int(ideal_cols) + d)) for d in (-1, 0, 1, 2)}:
             q = cols / rows / aspect

@@ -351,6 +351,17 @@ def test_the_best_grid_fits_and_keeps_the_proportions(width, height, area):
         assert rows * cols >= 0.85 * area and 0.85 < ratio < 1 / 0.85, (rows, cols)
 
 
+def test_the_best_grid_misses_no_better_one():
+    def score(rows, cols, aspect, area):
+        q = cols / rows / aspect
+        return rows * cols / area * min(q, 1 / q)
+
+    rng = np.random.default_rng(0)
+    for width, height, area in rng.integers((20, 20, 2), (1000, 1000, 300), (400, 3)).tolist():
+        force = max(score(rows, area // rows, width / height, area) for rows in range(1, area + 1))  # more columns never lower it
+        assert score(*best_grid(width, height, area), width / height, area) == pytest.approx(force), (width, height, area)
+
+
 def test_native_batches_share_one_area_and_hold_constant_work(tmp_path):
     rng = np.random.default_rng(0)
     with ShardWriter(tmp_path) as writer:
