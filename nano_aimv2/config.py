@@ -309,7 +309,7 @@ PRESETS = {
     "toy-highres": dict(TOY_TUNE, image_size=72, weight_decay=0.0,
                         data="data/scenes_highres:synthetic:85,data/scenes_highres:alt:15"),
     # python train.py --preset=toy-native --init=runs/toy: 8 to 64 patches around the toy's 16
-    "toy-native": dict(TOY_TUNE, native_area=(3.0, 6.0), lr=6e-4, steps=2000, eval_every=500,
+    "toy-native": dict(TOY_TUNE, native_area=(3.0, 6.0), lr=6e-4, steps=12_000, eval_every=2000,
                        data="data/scenes_native:synthetic:85,data/scenes_native:alt:15"),
 }
 POST_TRAINING = ("large-336", "large-448", "large-native", "toy-highres", "toy-native")
