@@ -30,7 +30,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -354,6 +354,7 @@ def main(argv):
     parser.add_argument("name", choices=STUDIES)
     parser.add_argument("--preset", choices=BASES, default="toy")
     parser.add_argument("--data", default="", help="another mixture than the preset's, as train.py's --data; give --out with it")
+    parser.add_argument("--samples", default="", help="other sample counts than the study's, with commas between")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every arm; seeds 0 .. SEEDS-1")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; they share the cores or the GPU")
     parser.add_argument("--device", default="auto")
@@ -365,9 +366,15 @@ def main(argv):
             raise ValueError(f"{name}={getattr(given, name)} must be at least 1")
     study, base = STUDIES[given.name], dict(BASES[given.preset])
     base["data"] = given.data or base["data"]
+    if given.samples:
+        study = replace(study, samples=read_samples(given.samples, base["batch_size"]))
     if given.preset == "toy" and not given.data and not Path("data/scenes_study").exists():
         scenes = Path(__file__).parents[1] / "data/scenes.py"  # the toy set with more images to test on
         subprocess.run([sys.executable, scenes, "--out=data/scenes_study", f"--val={PROBED['toy'][1]}"], check=True)
+    for source in parse_mixture(base["data"]):
+        if not Path(source.path).exists():
+            raise ValueError(f"{source.path} does not exist: pack labelled pictures with `python data/pack.py PICTURES "
+                             f"--out={source.path} --val=0.2`, or name others with --data")
     jobs = jobs_of(study, base, given.seeds, f"{given.runs}/{given.preset}-{given.name}", choose_device(given.device).type,
                    PROBED[given.preset])
     out = Path(given.out) / f"{given.preset}-{given.name}"
@@ -381,6 +388,17 @@ def main(argv):
     flops = {(row["arm"], row["samples"]): row["train_flops"] for row in rows} if study.against_flops else None
     study_page(panels, flops, f"{out}.png")
     print(f"written: {out}.jsonl, {out}.md, {out}.png")
+
+
+def read_samples(text, batch_size):
+    """'8000,16000' -> (8000, 16000). Raises ValueError where that is no count of at least one step."""
+    try:
+        samples = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--samples={text} must be whole numbers with commas between, such as 8000,16000") from None
+    if min(samples) < batch_size:
+        raise ValueError(f"--samples={text}: {min(samples)} samples are not one step of {batch_size}")
+    return samples
 
 
 def means_of(cells):

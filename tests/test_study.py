@@ -112,6 +112,17 @@ def test_a_run_that_fails_is_named_and_stops_no_other(small_study, tmp_path):
     assert [json.loads(line)["arm"] for line in (tmp_path / "tiny.jsonl").read_text().splitlines()] == ["good"]
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["objective", "--samples=many"], "--samples=many must be whole numbers"),
+    (["objective", "--samples=20000,31"], "31 samples are not one step of 32"),
+    (["objective", "--seeds=0"], "seeds=0 must be at least 1"),
+    (["objective", "--data=nowhere:alt:1"], "nowhere does not exist: pack labelled pictures"),
+])
+def test_a_wrong_flag_is_refused_before_anything_is_trained(flags, message):
+    with pytest.raises(ValueError, match=message):
+        study.main(flags)
+
+
 def test_caption_loss_is_of_images_seen_whole():
     model = AIMv2(tiny_config())
     batch = random_batch(model.config)
