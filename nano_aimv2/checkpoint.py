@@ -83,9 +83,15 @@ def save(run, step, model, optimizer, runtime, keep):
 
 
 def restore(run, model, optimizer, runtime):
-    """Load the latest checkpoint into model and optimizer; returns its step, or 0 if there is none."""
+    """Load the latest checkpoint into model and optimizer; returns its step, or 0 if there is none.
+
+    Raises: ValueError if there is none and the run has weights: they would be trained anew and lost.
+    """
     folder = Path(run) / "checkpoints"
     if not (folder / "latest").exists():
+        if (Path(run) / "model.safetensors").exists():
+            raise ValueError(f"run folder {run} holds finished weights, and no checkpoint to go on from: choose another "
+                             "--run, or delete the folder to start again")
         return 0
     path = folder / (folder / "latest").read_text().strip()
     weights, moments = get_state_dict(model, optimizer)

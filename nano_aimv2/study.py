@@ -186,9 +186,7 @@ def do(job):
         raise RuntimeError(f"{job.run}: {Path(log.name).read_text().strip().splitlines()[-1]}")
     row = dict(arm=job.arm, samples=job.samples, seed=job.seed, flags=dict(job.flags), device=job.device)
     row["seconds"] = round(time.perf_counter() - begin, 1)
-    row |= measure(job.run, contrastive, job.device, job.probed)
-    shutil.rmtree(f"{job.run}/checkpoints", ignore_errors=True)
-    return row
+    return row | measure(job.run, contrastive, job.device, job.probed)
 
 
 def measure(run, contrastive, device, probed):
@@ -321,7 +319,8 @@ def run_jobs(jobs, path, at_once=1):
     threads = max(1, (os.cpu_count() or 1) // at_once)
     with ProcessPoolExecutor(at_once, get_context("spawn"), start, (threads,)) as pool, \
             tqdm(total=len(jobs), initial=len(rows), unit="run") as bar:
-        for future in as_completed({pool.submit(do, job) for job in left}):
+        futures = {pool.submit(do, job): job for job in left}
+        for future in as_completed(futures):
             try:
                 row = future.result()
             except RuntimeError as error:
@@ -331,6 +330,7 @@ def run_jobs(jobs, path, at_once=1):
             rows.append(row)
             with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
+            shutil.rmtree(f"{futures[future].run}/checkpoints", ignore_errors=True)  # measured: its weights are enough
             bar.update()
             bar.set_postfix_str(f"{row['arm']}, {row['samples']:,} samples: probe {row['probe']:.3f}")
     if failed:

@@ -122,6 +122,13 @@ def test_another_configuration_does_not_enter_a_run_folder(trained, tiny_flags):
     assert curve(trained[0])[-1][0] == 20
 
 
+def test_finished_weights_without_a_checkpoint_are_not_trained_over(trained, tiny_flags, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    done = run_script("train.py", *tiny_flags, f"--run={tmp_path}/run", check=False)
+    assert done.returncode != 0 and "holds finished weights, and no checkpoint" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
 def test_a_disk_that_refuses_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     config = tiny_config(run=str(tmp_path))
     model = AIMv2(config)
