@@ -121,15 +121,20 @@ def load_model(run, device="cpu", kind=AIMv2):
     Raises: ValueError if the folder holds no finished run, or weights of another shape.
     """
     folder = Path(run)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).exists():
-            raise ValueError(f"{folder} has no {name}: it is not a trained run; train one with `python train.py --run={folder}`")
+    need_trained(folder, f"train one with `python train.py --run={folder}`")
     config = Config.load(folder / "config.json")
     shipped = folder / "tokenizer.tiktoken"
     tokenizer = Tokenizer(shipped if shipped.exists() else config.tokenizer)
     model = kind(config)
     load_weights(model, folder / "model.safetensors")
     return model.to(device).eval(), config, tokenizer
+
+
+def need_trained(folder, fix):
+    """Raise ValueError, with what to do about it, if a folder holds no finished run."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} has no {name}: it is not a trained run; {fix}")
 
 
 def load_weights(model, path):
@@ -172,9 +177,7 @@ def check_init(config):
                              f"folder, --init=runs/{config.preset.split('-')[0]}")
         return
     folder = Path(config.init)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).exists():
-            raise ValueError(f"init: {folder} has no {name}: it is not a trained run; train one, or correct --init")
+    need_trained(folder, "train one, or correct --init")
     parent = Config.load(folder / "config.json")
     for name in SHARED:
         old, new = getattr(parent, name), getattr(config, name)
