@@ -16,7 +16,7 @@ on, more --seeds are added, and without anything to do the table and the figure 
 An arm's value is the mean over seeds; how much a seed matters is pooled over the arms (at the same sample count), and a
 claim *holds* or *fails* if the 95% interval (Student's t) of the difference leaves 0 out; else it *cannot be told*.
 
-Source: paper figures 2 and 4, tables 9a to 9f. Results: lessons/studies.
+Source: paper figures 2 and 4, tables 9a to 9f. Lesson: 12, with the results.
 """
 
 import argparse
@@ -310,12 +310,12 @@ def run_jobs(jobs, path, at_once=1):
     written = path.read_text() if path.exists() else ""
     if written and not written.endswith("\n"):
         path.write_text(written + "\n")  # a row that a kill has cut spoils none that follows
-    wanted = {job.key for job in jobs}
-    rows = [row for row in (metrics.read_metrics(path) if written else ()) if key_of(row) in wanted]
+    places = {job.key: place for place, job in enumerate(jobs)}
+    rows = [row for row in (metrics.read_metrics(path) if written else ()) if key_of(row) in places]
     measured = {key_of(row) for row in rows}
     left, failed = [job for job in jobs if job.key not in measured], []
     if not left:
-        return rows
+        return sorted(rows, key=lambda row: places[key_of(row)])
     threads = max(1, (os.cpu_count() or 1) // at_once)
     with ProcessPoolExecutor(at_once, get_context("spawn"), start, (threads,)) as pool, \
             tqdm(total=len(jobs), initial=len(rows), unit="run") as bar:
@@ -335,7 +335,7 @@ def run_jobs(jobs, path, at_once=1):
             bar.set_postfix_str(f"{row['arm']}, {row['samples']:,} samples: probe {row['probe']:.3f}")
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are in {path}: " + "; ".join(failed))
-    return rows
+    return sorted(rows, key=lambda row: places[key_of(row)])  # not in the order in which they were finished
 
 
 def key_of(row):
