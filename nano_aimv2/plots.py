@@ -65,7 +65,7 @@ def held_out_curves(runs, path):
                           label=f"{name}: {rows[-1][key]:.3f} at the end")
         axes[0].set(xlabel="step", ylabel="captions exact, share", ylim=(0, 1.03), title="captions of held-out images")
         axes[1].set(xlabel="step", ylabel="nats a token", yscale="log", title="text loss on held-out images")
-        axes[0].legend(loc="upper left")
+        axes[0].legend(loc="lower right")
         axes[1].legend(loc="upper right")
         figure.savefig(path)
         plt.close(figure)
