@@ -45,6 +45,7 @@ from nano_aimv2.contrastive import CLIP
 from nano_aimv2.data import parse_mixture
 from nano_aimv2.distributed import Runtime, choose_device, keep_memory
 from nano_aimv2.evaluate import Evaluation, held_out_sources
+from nano_aimv2.heads import Settings
 
 # 97.5% points of Student's t for 1 .. 30 degrees of freedom; beyond, the normal one is near
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -195,7 +196,7 @@ def measure(run, contrastive, device, probed):
     folder = max(parse_mixture(config.data), key=lambda source: source.weight).path
     train, test = (labelled(f"{folder}/{split}", config.image_size, config.patch_size, count)
                    for split, count in zip(("train", "val"), probed, strict=True))
-    scores = probe.probe_encoder(model.encoder, train, test, config, probe.Settings(epochs=20, seed=config.seed, device=device))
+    scores = probe.probe_encoder(model.encoder, train, test, config, Settings(epochs=20, seed=config.seed, device=device))
     mean = {method: sum(s["top1"] for s in found.values()) / len(found) for method, found in scores.items()}
     row = dict(probe=mean["attentive"], linear=mean["linear"], knn=mean["k-NN"], test_images=len(test.patches),
                by_attribute={name: s["top1"] for name, s in scores["attentive"].items()},

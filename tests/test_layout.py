@@ -8,7 +8,7 @@ from conftest import ROOT
 
 LAYERS = [
     ["config", "patchify", "prefix_mask", "positions", "layers", "tokenizer", "optim", "distributed", "metrics", "plots",
-     "images", "shards", "native_res", "loader"],
+     "images", "shards", "native_res", "loader", "heads"],
     ["encoder", "decoder", "losses", "data"],
     ["model", "hub"],
     ["generate", "evaluate", "checkpoint", "encode"],

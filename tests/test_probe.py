@@ -10,7 +10,8 @@ from conftest import run_script, tiny_config
 
 from nano_aimv2 import probe
 from nano_aimv2.encoder import Encoder
-from nano_aimv2.probe import Heads, Labelled, Settings, encode, knn, label_ids, probe_encoder, probe_tokens, random_twin, wilson
+from nano_aimv2.heads import GRID, Heads, Settings, knn, predict, probe_tokens, train_heads, wilson
+from nano_aimv2.probe import Labelled, encode, label_ids, probe_encoder, random_twin
 from nano_aimv2.shards import ShardWriter
 
 
@@ -45,10 +46,10 @@ def test_heads_trained_side_by_side_equal_each_trained_alone(num_heads):
     lr, decay = torch.tensor([2e-3, 5e-2, 1e-3]), torch.tensor([0.1, 0.05, 0.5])
     targets, rows = torch.stack([ids["kind"], ids["other"], ids["kind"]]), torch.arange(50)
     together = Heads(12, num_heads, torch.tensor([3, 3, 3]), seed=5)
-    probe.train_heads(together, tokens, rows, targets, lr, decay, settings)
+    train_heads(together, tokens, rows, targets, lr, decay, settings)
     for h in range(3):
         alone = Heads(12, num_heads, torch.tensor([3]), seed=5)
-        probe.train_heads(alone, tokens, rows, targets[h : h + 1], lr[h : h + 1], decay[h : h + 1], settings)
+        train_heads(alone, tokens, rows, targets[h : h + 1], lr[h : h + 1], decay[h : h + 1], settings)
         for (name, ours), theirs in zip(together.named_parameters(), alone.parameters(), strict=True):
             worst = (ours[h] - theirs[0]).abs().max().item()
             assert worst < 1e-5, (name, h, worst)
@@ -61,7 +62,7 @@ def test_the_update_is_torchs_adamw_with_clipping_and_cosine():
     with torch.no_grad():
         heads.weight.mul_(40)  # gradients beyond the clip
     theirs = copy.deepcopy(heads)
-    probe.train_heads(heads, tokens, torch.arange(32), ids["kind"][None], torch.tensor([1e-2]), torch.tensor([0.1]), settings)
+    train_heads(heads, tokens, torch.arange(32), ids["kind"][None], torch.tensor([1e-2]), torch.tensor([0.1]), settings)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5, eta_min=1e-5)
     norms = []
@@ -111,18 +112,18 @@ def test_the_order_of_patches_and_what_pads_them_do_not_matter():
 def test_evaluation_uses_running_statistics_and_leaves_them():
     tokens, ids = separable(80)
     heads = Heads(12, 3, torch.tensor([3]))
-    probe.train_heads(heads, tokens, torch.arange(80), ids["kind"][None], torch.tensor([1e-3]), torch.tensor([0.1]),
+    train_heads(heads, tokens, torch.arange(80), ids["kind"][None], torch.tensor([1e-3]), torch.tensor([0.1]),
                       Settings(epochs=2, batch_size=20))
     before = copy.deepcopy(heads.state_dict())
     assert before["norm.num_batches_tracked"] == 8
-    whole, _ = probe.predict(heads, tokens, torch.arange(80), ids["kind"][None], "cpu")
-    alone = torch.cat([probe.predict(heads, tokens, torch.tensor([i]), ids["kind"][None], "cpu")[0] for i in range(80)], dim=1)
+    whole, _ = predict(heads, tokens, torch.arange(80), ids["kind"][None], "cpu")
+    alone = torch.cat([predict(heads, tokens, torch.tensor([i]), ids["kind"][None], "cpu")[0] for i in range(80)], dim=1)
     assert torch.equal(whole, alone)  # an image's answer does not depend on its batch
     assert all(torch.equal(value, before[name]) for name, value in heads.state_dict().items())
 
 
 def test_a_separable_problem_is_learnt_and_permuted_labels_are_not(monkeypatch):
-    monkeypatch.setattr(probe, "GRID", probe.GRID[-4:])  # the others take their time
+    monkeypatch.setattr("nano_aimv2.heads.GRID", GRID[-4:])  # the others take their time
     (train, ids), (test, test_ids) = separable(400), separable(400, seed=1)
     settings = Settings(epochs=25, batch_size=40, k=9)
     labels = as_labels(ids, test_ids)
@@ -132,7 +133,7 @@ def test_a_separable_problem_is_learnt_and_permuted_labels_are_not(monkeypatch):
     linear = probe_tokens(*(m.half()[:, None].numpy() for m in mean), labels, 0, settings)
     neighbours = knn(*mean, labels, settings)
     assert linear["other"]["top1"] > 0.7 and neighbours["kind"]["top1"] > 0.6, (linear, neighbours)
-    assert (found["kind"]["lr"], found["kind"]["weight_decay"]) in probe.GRID
+    assert (found["kind"]["lr"], found["kind"]["weight_decay"]) in GRID
     generator = torch.Generator().manual_seed(0)
     # Both parts are permuted: labels of a whole cluster, learnt from an accident of the training part, could be right or wrong.
     mixed = as_labels(*({k: v[torch.randperm(len(v), generator=generator)] for k, v in part.items()} for part in (ids, test_ids)))
