@@ -248,4 +248,4 @@ if __name__ == "__main__":
         failure = f"train.py: {type(error).__name__}: {error}"
     finally:
         distributed.stop()
-    sys.exit(failure)
+    distributed.leave(failure)

@@ -116,6 +116,21 @@ def stop():
         dist.destroy_process_group()
 
 
+def leave(failure=None):
+    """End this process, after `stop`: with code 0, or with the words `failure` on stderr and code 1.
+
+    A rank of several goes without the interpreter's farewell: after FSDP2 over gloo on a busy CPU, one run in about thirty
+    aborted there ("terminate called without an active exception"), and torchrun took a finished run for a failed one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(failure)
+    if failure:
+        print(failure, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failure else 0)
+
+
 class ReadLater:
     """Numbers of the device, copied now and read a step later, when they have long come: reading them stops nothing."""
 

@@ -36,3 +36,4 @@ if runtime.is_main:
     save_file(gradients, sys.argv[1])
 runtime.barrier()
 distributed.stop()
+distributed.leave()
