@@ -21,12 +21,12 @@ from tqdm import tqdm
 from nano_aimv2 import budget, checkpoint, distributed, metrics
 from nano_aimv2.config import Config
 from nano_aimv2.data import TrainingData, describe, parse_mixture
-from nano_aimv2.evaluate import Evaluation, held_out_sources
+from nano_aimv2.evaluate import held_out_sets
 from nano_aimv2.loader import make_loader
 from nano_aimv2.model import AIMv2
 from nano_aimv2.optim import lr_at, make_optimizer
 from nano_aimv2.prefix_mask import step_prefix_len
-from nano_aimv2.tokenizer import Tokenizer
+from nano_aimv2.tokenizer import tokenizer_of
 
 
 def main(argv):
@@ -44,13 +44,9 @@ def main(argv):
     runtime.barrier()
 
     # Data
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
-                         f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
+    tokenizer = tokenizer_of(config)
     data = TrainingData(config, tokenizer, runtime.rank, runtime.world)
-    held_out = {split: Evaluation(source, config, tokenizer, config.eval_images)
-                for split, source in held_out_sources(config).items()}
+    held_out = held_out_sets(config, tokenizer, config.eval_images)
     for line in [*describe(data), *(f"left out: {line}" for e in held_out.values() for line in e.skipped)]:
         say(line)
     if not held_out:

@@ -40,14 +40,14 @@ from nano_aimv2 import checkpoint, distributed
 from nano_aimv2.config import Config
 from nano_aimv2.data import TrainingData, describe
 from nano_aimv2.encoder import Encoder
-from nano_aimv2.evaluate import Evaluation, held_out_sources
+from nano_aimv2.evaluate import held_out_sets
 from nano_aimv2.layers import Trunk, init_linear_layers
 from nano_aimv2.loader import make_loader
 from nano_aimv2.losses import text_targets
 from nano_aimv2.metrics import MetricsLog
 from nano_aimv2.optim import lr_at, make_optimizer
 from nano_aimv2.patchify import pixels_to_float
-from nano_aimv2.tokenizer import Tokenizer
+from nano_aimv2.tokenizer import tokenizer_of
 
 TEMPERATURE = 0.07  # at the start; learned
 MAX_SCALE = 100.0
@@ -186,20 +186,13 @@ def main(argv):
         return
 
     # Data, run folder, model, optimizer
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
-                         f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
+    tokenizer = tokenizer_of(config)
     data = TrainingData(config, tokenizer)
-    held_out = {split: Evaluation(source, config, tokenizer, config.eval_images)
-                for split, source in held_out_sources(config).items()}
+    held_out = held_out_sets(config, tokenizer, config.eval_images)
     checkpoint.claim_run(config)
     tokenizer.save(folder)
     torch.manual_seed(config.seed)
-    model = CLIP(config).to(runtime.device)
-    if runtime.compile:
-        for block in (*model.encoder.trunk.blocks, *model.text_trunk.blocks):
-            block.compile()
+    model = distributed.parallelize(CLIP(config), runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta_1, config.beta_2))
     print(*describe(data), *(f"left out: {line}" for e in held_out.values() for line in e.skipped), sep="\n")
     size = sum(p.numel() for p in model.parameters())

@@ -90,6 +90,11 @@ def start(device="auto", dtype="auto", parallel="auto", compile="auto"):
     return Runtime(rank, world, device, dtype, parallel, compiled)
 
 
+def alone(device="cpu"):
+    """The Runtime of one process that computes in float32 and compiles nothing: to measure a finished run."""
+    return Runtime(0, 1, torch.device(device), torch.float32, "none", False)
+
+
 def name_of_start(store, rank, world):
     """A name for what the ranks write into `store` (torch.distributed's) in this start; every rank gets the same.
 
@@ -197,7 +202,7 @@ def keep_memory():
 def parallelize(model, runtime):
     """Move the model to the device, compile its blocks, share it between the ranks; returns what to call."""
     model.to(runtime.device)
-    blocks = [*model.encoder.trunk.blocks, *model.decoder.trunk.blocks]
+    blocks = [block for part in model.modules() for block in getattr(part, "blocks", ())]  # of its trunks
     if runtime.compile:
         for block in blocks:
             block.compile()

@@ -125,6 +125,11 @@ def held_out_sources(config):
             for split in ("val", "novel") if (Path(heaviest.path) / split).is_dir()}
 
 
+def held_out_sets(config, tokenizer, count):
+    """{name: Evaluation} of `count` images of each of the `held_out_sources`."""
+    return {split: Evaluation(source, config, tokenizer, count) for split, source in held_out_sources(config).items()}
+
+
 def across_sizes(runs, sizes, source, count, device="cpu"):
     """Measure finished runs on images of many sizes and shapes. Every run sees the same pixels: each image whole, at its own
     aspect ratio, on the grid that fills the area of a square of `size` pixels best; a learned table is resized to it.
@@ -138,7 +143,7 @@ def across_sizes(runs, sizes, source, count, device="cpu"):
     rows = []
     for run in runs:
         model, config, tokenizer = load_model(run, device)
-        runtime = distributed.Runtime(0, 1, torch.device(device), torch.float32, "none", False)
+        runtime = distributed.alone(device)
         for size, (name, (low, high)) in itertools.product(sizes, here.items()):
             view = replace(config, image_size=size, native_area=(1.0, 16.0), positions="sincos")  # of the data, not the model
             evaluation = Evaluation(source, view, tokenizer, count, one_grid=True,

@@ -43,7 +43,7 @@ from nano_aimv2.checkpoint import load_model
 from nano_aimv2.config import Config
 from nano_aimv2.contrastive import CLIP
 from nano_aimv2.data import parse_mixture
-from nano_aimv2.distributed import Runtime, choose_device, keep_memory
+from nano_aimv2.distributed import alone, choose_device, keep_memory
 from nano_aimv2.evaluate import Evaluation, held_out_sources
 from nano_aimv2.heads import Settings
 
@@ -213,7 +213,7 @@ def measure(run, contrastive, device, probed):
     if config.text_weight:
         row["caption_loss"] = caption_loss(model, evaluation.batches, device) / tokens
     if config.alpha:
-        row["image_loss"] = evaluation.losses(model, Runtime(0, 1, torch.device(device), torch.float32, "none", False))[1]
+        row["image_loss"] = evaluation.losses(model, alone(device))[1]
     return row
 
 
@@ -301,6 +301,16 @@ def report(study, rows):
     return "\n".join(lines) + "\n"
 
 
+def draw(study, rows, path):
+    """The figure of a study: a panel for each of its metrics, means over seeds with their 95% intervals."""
+    from nano_aimv2.plots import study_page
+
+    cells = {METRICS[metric][0]: cells_of(rows, metric) for metric in study.metrics}
+    panels = {label: {cell: contrast(values, [cell], ()) for cell in values} for label, values in cells.items()}
+    flops = {(row["arm"], row["samples"]): row["train_flops"] for row in rows} if study.against_flops else None
+    study_page(panels, flops, path)
+
+
 def run_jobs(jobs, path, at_once=1):
     """Train and measure what `path` (a .jsonl) has no row of yet, `at_once` runs side by side; returns all rows.
 
@@ -383,11 +393,7 @@ def main(argv):
     text = report(study, rows)
     Path(f"{out}.md").write_text(text)
     print(text)
-    from nano_aimv2.plots import study_page
-
-    panels = {METRICS[metric][0]: means_of(cells_of(rows, metric)) for metric in study.metrics}
-    flops = {(row["arm"], row["samples"]): row["train_flops"] for row in rows} if study.against_flops else None
-    study_page(panels, flops, f"{out}.png")
+    draw(study, rows, f"{out}.png")
     print(f"written: {out}.jsonl, {out}.md, {out}.png")
 
 
@@ -400,11 +406,6 @@ def read_samples(text, batch_size):
     if min(samples) < batch_size:
         raise ValueError(f"--samples={text}: {min(samples)} samples are not one step of {batch_size}")
     return samples
-
-
-def means_of(cells):
-    """{cell: (mean over seeds, half its 95% interval)}."""
-    return {cell: contrast(cells, [cell], ()) for cell in cells}
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ class Tokenizer:
         return str(target)
 
 
+def tokenizer_of(config):
+    """The tokenizer that a configuration names. Raises ValueError if its vocab_size has no room for it."""
+    tokenizer = Tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, vocab_size={config.vocab_size}: use "
+                         f"--vocab_size={-(-tokenizer.vocab_size // 64) * 64}")
+    return tokenizer
+
+
 def find_file(source):
     """The rank file, seen from here or from the project's folder; None if there is no such file."""
     for path in (Path(source), Path(__file__).parents[1] / source):
