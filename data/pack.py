@@ -1,159 +1,176 @@
-"""Pack a folder or a zip of captioned pictures into shards that `train.py --data=FOLDER` reads.
+"""Pack a folder or a zip of captioned images into shards that `train.py --data=FOLDER` reads.
 
-    python data/pack.py photos/ --out=data/photos                    # photos/cat.jpg with photos/cat.txt beside it
-    python data/pack.py photos.zip --out=data/photos --size=256      # captions.jsonl inside; shorter side at most 256 px
+    python data/pack.py photos/ --out=data/photos      # photos/cat.jpg and photos/cat.txt, ...
+    python data/pack.py photos.zip --out=data/photos --size=256    # shorter sides of at most 256 px
 
-Captions come from, in this order: `--captions=FILE`, a `captions.jsonl` or `captions.csv` at the top of the source, or a
-.txt of the same name beside each picture. A row of a caption file has
+Captions come from the first of these that exists: the file of `--captions=FILE`, a `captions.jsonl`
+or `captions.csv` at the top of the folder or zip, a .txt of the same name beside each image. A row
+of a caption file has
 
-    file        the picture, relative to the source
-    caption     its alt-text; or `captions`, a list: the first is the alt-text, the others are synthetic
+    file        the image, relative to the folder or zip
+    caption     its alt-text; or `captions`, a list: first the alt-text, then synthetic captions
     synthetic   optional: longer captions, a list (in a csv: with | between)
     label       optional: a class number, and `label_name`, for probes
 
-The split into train/ and val/ follows a hash of the file's name: it does not change when pictures are added. Pictures
-that cannot be read or have no caption are left out, counted by reason and named in manifest.json.
+Whether an image goes into train/ or val/ depends only on a hash of its file name, so it stays there
+when images are added. Images that cannot be read or have no caption are skipped; manifest.json
+counts them by reason and names the first hundred.
 """
 
-import argparse
 import csv
 import hashlib
 import io
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file sees the package beside its folder
-from nano_aimv2.images import open_image, to_rgb  # noqa: E402
-from nano_aimv2.shards import IMAGE_ENDINGS, ShardWriter, decode_text  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script finds the package
+from nano_aimv2.data.images import open_image, to_rgb  # noqa: E402
+from nano_aimv2.data.shards import IMAGE_EXTENSIONS, ShardWriter, decode_text  # noqa: E402
+from nano_aimv2.files import replacing  # noqa: E402
+from nano_aimv2.flags import check_at_least, read_flags, run_command  # noqa: E402
 
-NAMED = 100  # skipped pictures that the manifest names
-
-
-class FolderSource:
-    """Files below a folder: `names`, `read(name)`."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.names = sorted(p.relative_to(path).as_posix() for p in self.path.rglob("*") if p.is_file())
-
-    def read(self, name):
-        return (self.path / name).read_bytes()
+NAMED = 100  # skipped images that the manifest names
+CAPTION_FILES = ("captions.jsonl", "captions.csv")
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # other formats are packed as JPEG
 
 
-class ZipSource:
-    """Members of a zip: `names`, `read(name)`."""
+@dataclass
+class Options:
+    photos: tuple = ()  # the word that is not a flag: one folder or zip
+    out: str = ""  # folder to write; must not exist yet
+    captions: str = ""  # a .jsonl or .csv of captions that is not inside the folder or zip
+    size: int = 0  # shrink images whose shorter side has more pixels than this; 0: keep the files
+    val: float = 0.05  # share of the images for validation
+    samples_per_shard: int = 5000  # images per tar file
 
-    def __init__(self, path):
-        self.zip = zipfile.ZipFile(path)
-        self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir() and not i.filename.startswith("__MACOSX"))
+    def __post_init__(self):
+        if len(self.photos) != 1:
+            raise ValueError(f"{len(self.photos)} folders or zips given, exactly one is packed: "
+                             "python data/pack.py PHOTOS --out=FOLDER")
+        if not self.out:
+            raise ValueError("no --out: name the folder to write, --out=FOLDER")
+        check_at_least(self, size=0, samples_per_shard=1)
 
-    def read(self, name):
-        return self.zip.read(name)
+
+@dataclass
+class Files:
+    """The files of a folder or zip."""
+
+    names: list  # sorted
+    read: Callable  # name -> bytes
+
+
+@dataclass
+class Sample:
+    """One image with its captions, on its way into a shard."""
+
+    name: str
+    image: bytes
+    fields: dict  # caption, synthetic, label, label_name
+    extension: str = ""
+    error: str = ""  # why the image cannot be packed
 
 
 def open_source(path):
-    """A folder or zip. Raises ValueError if it is neither."""
+    """The Files of a folder or zip. Raises ValueError if `path` is neither."""
     if os.path.isdir(path):
-        return FolderSource(path)
+        folder = Path(path)
+        paths = (p for p in folder.rglob("*") if p.is_file())
+        return Files(sorted(p.relative_to(folder).as_posix() for p in paths),
+                     lambda name: (folder / name).read_bytes())
     if zipfile.is_zipfile(path):
-        return ZipSource(path)
+        archive = zipfile.ZipFile(path)
+        names = (i.filename for i in archive.infolist() if not i.is_dir())
+        return Files(sorted(n for n in names if not n.startswith("__MACOSX")), archive.read)
     why = "is neither a folder nor a zip" if os.path.exists(path) else "does not exist"
-    raise ValueError(f"source {str(path)!r} {why}: give a folder or a .zip of pictures")
+    raise ValueError(f"source {str(path)!r} {why}: give a folder or a .zip of images")
 
 
-def read_rows(source, captions, skipped):
-    """What is said about each picture: yields (name, {"caption", "synthetic", "label", ...})."""
-    if captions:
-        name, text = captions, decode_text(Path(captions).read_bytes())
-    else:
-        name = next((n for n in ("captions.jsonl", "captions.csv") if n in source.names), None)
-        text = decode_text(source.read(name)) if name else None
-    if text is None:
-        names = set(source.names)
-        for image in source.names:
-            if is_image(image):
-                beside = str(PurePosixPath(image).with_suffix(".txt"))
-                if beside in names:
-                    yield image, {"caption": decode_text(source.read(beside)).strip()}
-                else:
-                    skipped.append((image, "no caption"))
-            elif image.endswith(".txt") and not any(f"{image[:-4]}.{ending}" in names for ending in IMAGE_ENDINGS):
-                skipped.append((image, "caption without picture"))
-    elif str(name).endswith(".csv"):
-        for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
-            row = {k: v for k, v in row.items() if k and v not in (None, "")}
-            if isinstance(row.get("synthetic"), str):
+def read_captions(files, captions, skipped):
+    """What is written about each image: yields (name, {"caption", "synthetic", "label", ...})."""
+    name = captions or next((n for n in CAPTION_FILES if n in files.names), None)
+    if name is None:
+        yield from captions_beside(files, skipped)
+        return
+    text = decode_text(Path(captions).read_bytes() if captions else files.read(name))
+    for number, row in parse_rows(str(name), text):
+        checked = check_row(row)
+        if checked:
+            yield checked
+        else:
+            skipped.append((f"{name} line {number}", "unreadable row"))
+
+
+def captions_beside(files, skipped):
+    """Captions from the .txt beside each image: yields (name, {"caption"})."""
+    texts = {name: name.rpartition(".")[0] + ".txt" for name in files.names if is_image(name)}
+    existing, wanted = set(files.names), set(texts.values())
+    for name in files.names:
+        if name in texts and texts[name] in existing:
+            yield name, {"caption": decode_text(files.read(texts[name])).strip()}
+        elif name in texts:
+            skipped.append((name, "no caption"))
+        elif name.endswith(".txt") and name not in wanted:
+            skipped.append((name, "caption without picture"))
+
+
+def parse_rows(name, text):
+    """(line number, row) of each row of a caption file; the row is None if it is not valid JSON."""
+    if name.endswith(".csv"):
+        for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 2):
+            row = {column: cell for column, cell in cells.items() if column and cell}
+            if "synthetic" in row:
                 row["synthetic"] = row["synthetic"].split("|")
-            yield from checked_row(row, f"{name} line {number}", skipped)
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    row = None
-                yield from checked_row(row, f"{name} line {number}", skipped)
+            yield number, row
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError:
+                yield number, None
 
 
-def checked_row(row, where, skipped):
-    """A caption file's row as (name, fields), or nothing and a reason in `skipped`."""
+def check_row(row):
+    """A row of a caption file as (name, fields); None if it is not as the top of this file says."""
     if not isinstance(row, dict) or not isinstance(row.get("file"), str):
-        skipped.append((where, "unreadable row"))
-        return
-    captions = row.get("captions") or ([row["caption"]] if row.get("caption") else [])
-    synthetic = [*captions[1:], *(row.get("synthetic") or [])]
-    if not all(isinstance(c, str) for c in [*captions, *synthetic]):
-        skipped.append((where, "unreadable row"))
-        return
+        return None
+    captions = row.get("captions") or [row.get("caption") or ""]
+    synthetic = row.get("synthetic") or []
+    if not are_texts(captions) or not are_texts(synthetic):
+        return None
+    alt_text, *longer = [caption.strip() for caption in captions + synthetic]
     fields = {k: row[k] for k in ("label", "label_name") if k in row}
     if isinstance(fields.get("label"), str) and fields["label"].isdigit():
         fields["label"] = int(fields["label"])
-    yield row["file"].removeprefix("./"), {"caption": captions[0].strip() if captions else "",
-                                           "synthetic": [c.strip() for c in synthetic if c.strip()], **fields}
+    return row["file"].removeprefix("./"), {
+        "caption": alt_text, "synthetic": [caption for caption in longer if caption], **fields}
+
+
+def are_texts(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def is_image(name):
-    return name.lower().rpartition(".")[2] in IMAGE_ENDINGS
+    return name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def prepare(task):
-    """(name, image bytes, fields, size) -> (name, bytes, ending, fields, None), or a reason in the last place.
-
-    The picture is decoded once, whole, to be sure that it can be; its bytes are kept unless it is made smaller.
-    """
-    name, data, fields, size = task
-    try:
-        image = open_image(data)
-        ending = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format)
-        shrink = size and min(image.size) > size
-        if ending and not shrink:
-            image.load()
-            return name, data, ending, fields, None
-        image = to_rgb(image)
-        if shrink:
-            scale = size / min(image.size)
-            image = image.resize([max(size, round(side * scale)) for side in image.size])
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=92)
-        return name, file.getvalue(), "jpg", fields, None
-    except Exception as error:  # decoders fail in many ways; the reason goes into the manifest
-        return name, None, None, fields, type(error).__name__
-
-
-def tasks(source, captions, size, skipped):
-    """Everything to pack, one at a time; what cannot be packed goes into `skipped` with its reason."""
-    names, seen = set(source.names), set()
-    for name, fields in read_rows(source, captions, skipped):
-        if name not in names:
+def read_samples(files, captions, skipped):
+    """Yields each Sample to pack; the names of others go into `skipped`, with the reason."""
+    existing, seen = set(files.names), set()
+    for name, fields in read_captions(files, captions, skipped):
+        if name not in existing:
             skipped.append((name, "caption without picture"))
         elif name in seen:
             skipped.append((name, "named twice"))
@@ -161,7 +178,34 @@ def tasks(source, captions, size, skipped):
             skipped.append((name, "empty caption"))
         else:
             seen.add(name)
-            yield name, source.read(name), fields, size
+            try:
+                yield Sample(name, files.read(name), fields)
+            except Exception as error:  # a damaged or encrypted zip, a file without read permission
+                skipped.append((name, type(error).__name__))
+
+
+def prepare(sample, size):
+    """The Sample with its image as it will be packed and the extension, or with the error.
+
+    Every image is decoded, to be sure that it can be. Its bytes stay as they are unless it is
+    shrunk or its format is not among EXTENSIONS.
+    """
+    try:
+        image = open_image(sample.image)
+        extension = EXTENSIONS.get(image.format)
+        is_large = size and min(image.size) > size
+        if extension and not is_large:
+            image.load()
+            return replace(sample, extension=extension)
+        image = to_rgb(image)
+        if is_large:
+            scale = size / min(image.size)
+            image = image.resize([max(size, round(side * scale)) for side in image.size])
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=92)
+        return replace(sample, image=file.getvalue(), extension="jpg")
+    except Exception as error:  # decoders fail in many ways; the reason goes into the manifest
+        return replace(sample, image=b"", error=type(error).__name__)
 
 
 def in_parallel(pool, function, items, block=1024):
@@ -171,71 +215,82 @@ def in_parallel(pool, function, items, block=1024):
         yield from pool.imap(function, some, chunksize=16)
 
 
+def write_shards(folder, samples, val, samples_per_shard, skipped):
+    """Write samples into the shards folder/train and folder/val. Returns {split: how many}."""
+    keys = set()
+    with (ShardWriter(folder / "train", samples_per_shard) as train,
+          ShardWriter(folder / "val", samples_per_shard) as held_out):
+        for sample in samples:
+            if sample.error:
+                skipped.append((sample.name, sample.error))
+                continue
+            key = key_of(sample.name)
+            if key in keys:
+                key = sha1(sample.name)
+            keys.add(key)
+            caption = sample.fields.pop("caption")
+            writer = held_out if in_val(sample.name, val) else train
+            writer.write(key, sample.image, sample.extension, caption, sample.fields)
+    return {"train": train.count, "val": held_out.count}
+
+
 def key_of(name):
-    """A tar member's name without ending: no dots and slashes, at most 80 characters."""
+    """The name of a sample's members, without extension: no dots or slashes, at most 80 bytes."""
     key = name.rpartition(".")[0].replace("/", "_").replace(".", "_")
-    return key if len(key.encode()) <= 80 else hashlib.sha1(name.encode()).hexdigest()
+    return key if len(key.encode()) <= 80 else sha1(name)
 
 
 def in_val(name, share):
-    """Whether a picture belongs to the validation split: a fixed function of its name."""
-    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) / 2**32 < share
+    """Whether an image belongs to the validation split: a fixed function of its name."""
+    return int(sha1(name)[:8], 16) / 2**32 < share
 
 
-def pack(source, out, captions=None, size=0, val=0.05, samples_per_shard=5000):
-    """Pack; returns the manifest as a dict. An interrupted run leaves nothing under the name `out`.
+def sha1(name):
+    return hashlib.sha1(name.encode()).hexdigest()
+
+
+def pack(source, out, captions="", size=0, val=0.05, samples_per_shard=5000):
+    """Pack a folder or zip into the new folder `out`, and return the manifest as a dict.
+
+    A run that fails or is interrupted leaves nothing under the name `out`.
 
     Raises: ValueError if there is nothing to pack, or `out` exists.
     """
     if not 0 <= val < 1:
-        raise ValueError(f"val={val} must be at least 0 and below 1: the share of pictures kept for validation")
+        raise ValueError(f"val={val} must be at least 0 and below 1: the share of the images for "
+                         "validation")
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out, or delete it first")
-    opened, skipped, counts, keys = open_source(source), [], Counter(), set()
-    temporary = Path(f"{out}.{os.getpid()}.tmp")
-    try:
-        with ShardWriter(temporary / "train", samples_per_shard) as train, ShardWriter(temporary / "val", samples_per_shard) as \
-                held_out, multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool, \
-                tqdm(unit="picture", desc=f"packing {out}", total=sum(map(is_image, opened.names)), disable=None) as bar:
-            for name, data, ending, fields, reason in in_parallel(pool, prepare, tasks(opened, captions, size, skipped)):
-                bar.update()
-                if reason:
-                    skipped.append((name, reason))
-                    continue
-                key = key_of(name)
-                if key in keys:
-                    key = hashlib.sha1(name.encode()).hexdigest()
-                keys.add(key)
-                split = "val" if in_val(name, val) else "train"
-                counts[split] += 1
-                caption = fields.pop("caption")
-                (held_out if split == "val" else train).write(key, data, ending, caption, fields)
-        if not counts:
-            raise ValueError(f"nothing to pack in {source}: {dict(Counter(reason for _, reason in skipped))}; captions come from "
-                             "captions.jsonl, captions.csv or a .txt beside each picture")
-        manifest = {"train": counts["train"], "val": counts["val"], "skipped": dict(Counter(reason for _, reason in skipped)),
+    files, skipped = open_source(source), []
+    with replacing(out) as temporary:
+        with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+            samples = in_parallel(pool, partial(prepare, size=size),
+                                  read_samples(files, captions, skipped))
+            samples = tqdm(samples, total=sum(map(is_image, files.names)), unit="image",
+                           desc=f"packing {out}", disable=None)
+            counts = write_shards(temporary, samples, val, samples_per_shard, skipped)
+        reasons = dict(Counter(reason for _, reason in skipped))
+        if not any(counts.values()):
+            raise ValueError(f"nothing to pack in {source}: {reasons}; captions come from "
+                             "captions.jsonl, captions.csv or a .txt beside each image")
+        manifest = {**counts, "skipped": reasons,
                     "skipped_names": [f"{name}: {reason}" for name, reason in skipped[:NAMED]],
                     "bytes": sum(p.stat().st_size for p in temporary.rglob("*.tar")),
                     "source": Path(source).name, "size": size, "val_share": val}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        text = json.dumps(manifest, indent=1) + "\n"
+        (temporary / "manifest.json").write_text(text, encoding="utf-8")
     return manifest
 
 
+def main(argv):
+    options = Options(**read_flags(argv, Options, doc=__doc__, words="photos")[0])
+    manifest = pack(options.photos[0], options.out, options.captions, options.size, options.val,
+                    options.samples_per_shard)
+    print(f"packed {manifest['train']:,} for training, {manifest['val']:,} for validation, "
+          f"{manifest['bytes'] / 1e6:.1f} MB; skipped {sum(manifest['skipped'].values()):,} "
+          f"{manifest['skipped'] or ''}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Pack captioned pictures into shards.", allow_abbrev=False)
-    parser.add_argument("source", help="folder or zip")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--captions", help="a .jsonl or .csv of captions that is not inside the source")
-    parser.add_argument("--size", type=int, default=0, help="shrink pictures whose shorter side is longer; 0: keep the files")
-    parser.add_argument("--val", type=float, default=0.05, help="share of pictures for validation")
-    parser.add_argument("--samples_per_shard", type=int, default=5000)
-    try:
-        result = pack(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        sys.exit(f"pack.py: {error}")
-    print(f"packed {result['train']:,} for training, {result['val']:,} for validation, {result['bytes'] / 1e6:.1f} MB; "
-          f"left out {sum(result['skipped'].values()):,} {result['skipped'] or ''}")
+    run_command(main)

@@ -1,28 +1,28 @@
-"""Toy scenes: small colour pictures with exact captions, drawn from a seed.
+"""Toy scenes: small colour images with exact captions, drawn from a seed.
 
-One to three objects (shape x colour x size) stand in different quarters of a textured two-colour gradient. Every scene
-has a short noisy alt-text, as the web would, and a dense caption that says everything, as a captioning model would:
+One to three objects (shape x colour x size) stand in different quarters of a textured two-colour
+gradient. Every scene has a short noisy alt-text, like those on the web, and a dense caption of
+everything in it, like those of a captioning model:
 
     alt-text    "red star.jpg"
     synthetic   "top left a large red star, bottom right a small blue ring"
 
-Eight of the 64 shape-colour pairs are *novel*: they never occur in `train` and `val`, and every scene of the split
-`novel` has one of them. A model that names them has composed, not remembered.
+Eight of the 64 shape-colour pairs are *novel*: they never occur in `train` and `val`, and every
+scene of the split `novel` has one of them. A model that names them has composed, not remembered.
 
-    python data/scenes.py --out=data/scenes --train=20000         (train.py does this on the first toy run)
+    python data/scenes.py --out=data/scenes --train=20000       # train.py does this for the toy run
 
-Two further sets serve post-training (SETS): the same scenes drawn larger, and drawn in mixed sizes and shapes. What the
-words mean does not change with the picture: a place is a quarter of it, and "large" and "small" are measured against its
-short side, so that a caption is as true of a panorama as of a square.
+Two further sets (SETS) are for post-training: the same scenes drawn larger, and drawn in mixed
+sizes and shapes. The words keep their meaning: a place is a quarter of the image, and "large" and
+"small" are relative to its short side. So a caption is as true of a panorama as of a square.
 """
 
-import argparse
 import io
 import math
 import multiprocessing
 import os
-import shutil
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,48 +30,73 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file sees the package beside its folder
-from nano_aimv2.shards import ShardWriter  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script finds the package
+from nano_aimv2.data.shards import ShardWriter  # noqa: E402
+from nano_aimv2.files import remove, replacing  # noqa: E402
+from nano_aimv2.flags import check_at_least, read_flags, run_command  # noqa: E402
 
-COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (250, 225, 40), "green": (30, 160, 50),
-           "cyan": (40, 205, 225), "blue": (30, 60, 210), "purple": (130, 40, 170), "pink": (250, 130, 190)}
+COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (250, 225, 40),
+           "green": (30, 160, 50), "cyan": (40, 205, 225), "blue": (30, 60, 210),
+           "purple": (130, 40, 170), "pink": (250, 130, 190)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 SIZES = {"small": (0.125, 0.145), "large": (0.20, 0.225)}  # radius, as a fraction of the short side
-PLACES = {"top left": (0.25, 0.25), "top right": (0.75, 0.25), "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}
+PLACES = {"top left": (0.25, 0.25), "top right": (0.75, 0.25),
+          "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}  # (x, y) of the centre
 SPLITS = ("train", "val", "novel")
-NOVEL_PAIRS = tuple((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))  # each shape, each colour once
-SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS if (shape, colour) not in NOVEL_PAIRS)
-# What train.py draws on first use: folder name -> arguments of make_scenes. The larger pictures are fewer, to be quick.
+# Each shape once, each colour once
+NOVEL_PAIRS = tuple((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))
+SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS
+                   if (shape, colour) not in NOVEL_PAIRS)
+# What train.py draws on first use: folder name -> arguments of make_scenes. There are fewer of the
+# larger images, to save time.
 SETS = {"scenes": {}, "scenes_highres": {"train": 10_000, "size": 96},
         "scenes_native": {"train": 10_000, "size": 96, "aspect": 3.0}}
-OVERSAMPLING = 4  # masks are drawn so many times larger and averaged: smooth edges
+OVERSAMPLING = 4  # masks are drawn this many times larger and averaged: smooth edges
+
+
+@dataclass
+class Options:
+    out: str = "data/scenes"  # folder to write; replaced if it exists
+    train: int = 20_000  # training scenes
+    val: int = 512  # held-out scenes
+    novel: int = 512  # held-out scenes, each with a novel pair
+    size: int = 48  # pixels per side
+    seed: int = 0  # random seed
+    aspect: float = 1.0  # above 1: mixed sizes, width / height from 1 / aspect to aspect
+
+    def __post_init__(self):
+        check_at_least(self, train=0, val=0, novel=0, size=1, seed=0, aspect=1)
 
 
 @cache
 def outline(shape):
     """Corner points f64[K, 2] of a shape of about radius 1 around the origin, y downwards."""
-    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     if shape == "heart":
-        x, y = 16 * np.sin(turn) ** 3, 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) - 13 * np.cos(turn)
+        t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+        x = 16 * np.sin(t) ** 3
+        y = 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)
         return np.stack([x, y], axis=1) / 15
     if shape == "cross":
         w = 0.36
-        arm = np.array([(-w, -w), (-w, -1), (w, -1)])  # the arm that points up, then turned by quarters
-        return 1.1 * np.concatenate([turned(arm, k * np.pi / 2) for k in range(4)])
-    corners = {"square": (4, 1.1, np.pi / 4), "triangle": (3, 1.2, -np.pi / 2), "star": (10, 1.25, -np.pi / 2)}
+        arm = np.array([(-w, -w), (-w, -1), (w, -1)])  # the arm that points up, then rotated copies
+        return 1.1 * np.concatenate([rotate(arm, k * np.pi / 2) for k in range(4)])
+    # Corners, radius and first angle; 40 corners look like a circle
+    corners = {"square": (4, 1.1, np.pi / 4), "triangle": (3, 1.2, -np.pi / 2),
+               "star": (10, 1.25, -np.pi / 2)}
     count, radius, start = corners.get(shape, (40, 1.0, 0.0))
     angle = start + np.arange(count) * 2 * np.pi / count
     radius = np.where(np.arange(count) % 2, 0.5, radius) if shape == "star" else radius
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-def turned(points, angle):
+def rotate(points, angle):
     c, s = np.cos(angle), np.sin(angle)
     return points @ np.array([[c, s], [-s, c]])
 
 
 def draw_background(width, height, rng):
-    """A two-colour gradient with stripes and grain: f64[height, width, 3] in 0..255. Muted, so that objects stand out."""
+    """A two-colour gradient with stripes and grain, muted so that objects stand out:
+    f64[height, width, 3] in 0..255."""
     x, y = np.arange(width) / width - 0.5, (np.arange(height) / height - 0.5)[:, None]
     first, second = rng.uniform(60, 195, (2, 1)) + rng.uniform(-40, 40, (2, 3))
     angle, steepness = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.1)
@@ -83,28 +108,29 @@ def draw_background(width, height, rng):
 
 
 def draw_object(image, place, size, colour, shape, rng):
-    """Paint one object into `image` f64[H, W, 3], with its own place, radius, turn and ink within what the words allow."""
+    """Paint one object into `image` f64[H, W, 3]. Its exact position, radius, rotation and colour
+    are drawn from what the words allow."""
     height, width = image.shape[:2]
     radius = rng.uniform(*SIZES[size]) * min(width, height)
     x, y = (np.array(PLACES[place]) + rng.uniform(-0.04, 0.04, 2)) * (width, height)
-    turn, k = rng.uniform(-0.3, 0.3), OVERSAMPLING
+    angle, k = rng.uniform(-0.3, 0.3), OVERSAMPLING
     reach = int(1.4 * radius) + 1  # the mask covers a square around the object only
     left, top = int(x) - reach, int(y) - reach
     centre = np.array([x - left, y - top])
     mask = Image.new("L", (2 * reach * k,) * 2)
     pen = ImageDraw.Draw(mask)
-    points = turned(outline(shape), turn) * radius
+    points = rotate(outline(shape), angle) * radius
     pen.polygon(((points + centre) * k).ravel().tolist(), fill=255)
     if shape == "ring":
         pen.polygon(((points * 0.55 + centre) * k).ravel().tolist(), fill=0)
     if shape == "moon":
-        bite = turned(np.array([[0.55, 0.0]]), turn) * radius
+        bite = rotate(np.array([[0.55, 0.0]]), angle) * radius
         pen.polygon(((points * 0.85 + bite + centre) * k).ravel().tolist(), fill=0)
     alpha = np.asarray(mask.reduce(k))[..., None] / 255.0
-    ink = np.array(COLOURS[colour]) + rng.normal(0, 12, 3)
+    rgb = np.array(COLOURS[colour]) + rng.normal(0, 12, 3)
     box = slice(max(0, top), top + 2 * reach), slice(max(0, left), left + 2 * reach)
     alpha = alpha[max(0, -top) :, max(0, -left) :][: image[box].shape[0], : image[box].shape[1]]
-    image[box] += alpha * (ink - image[box])
+    image[box] += alpha * (rgb - image[box])
 
 
 def draw_objects(split, rng):
@@ -120,38 +146,43 @@ def draw_objects(split, rng):
 
 
 def dense_caption(objects):
-    """Everything there is to say: 'top left a large red star, bottom right a small blue ring'."""
+    """A caption of every object: 'top left a large red star, bottom right a small blue ring'."""
     return ", ".join(f"{place} a {size} {colour} {shape}" for place, size, colour, shape in objects)
 
 
 def alt_text(objects, rng):
-    """What the web would say: a word or two about one object, a file name, or nothing much."""
+    """A caption like those on the web: a word or two about one object, a file name, or nothing
+    useful."""
     _, size, colour, shape = objects[rng.integers(len(objects))]
-    forms = (shape, f"{colour} {shape}", f"{colour} thing", f"{size} {shape}", f"{shape}.jpg", f"my {shape} drawing",
-             f"IMG_{rng.integers(10000):04d}", f"{colour} and more", f"picture of {shape}s", "shapes :)")
+    forms = (shape, f"{colour} {shape}", f"{colour} thing", f"{size} {shape}", f"{shape}.jpg",
+             f"my {shape} drawing", f"IMG_{rng.integers(10000):04d}", f"{colour} and more",
+             f"picture of {shape}s", "shapes :)")
     return forms[rng.integers(len(forms))]
 
 
 def draw_extent(size, aspect, rng):
-    """(width, height) in pixels of a scene: area from a quarter of size*size to all of it, width / height log-uniform on
-    [1 / aspect, aspect]. An aspect of 1 means size x size, and draws nothing: the first set stays as it was."""
+    """(width, height) of a scene, in pixels: size x size if aspect is 1, without using `rng`.
+    Otherwise an area from a quarter of size x size to all of it, and width / height log-uniform on
+    [1 / aspect, aspect]."""
     if aspect == 1:
         return size, size
-    side, ratio = size * rng.uniform(0.5, 1), math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))
+    side = size * rng.uniform(0.5, 1)
+    ratio = math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))
     return round(side * ratio**0.5), round(side / ratio**0.5)
 
 
 def make_scene(split, index, size=48, seed=0, aspect=1.0):
-    """Scene number `index` of a split: (pixels u8[height, width, 3], alt-text, dense caption, objects).
+    """Scene `index` of a split: (pixels u8[height, width, 3], alt-text, dense caption, objects).
 
-    The objects follow from (split, index, seed) alone, so a held-out scene is held out at every size.
+    The objects depend on (split, index, seed) only, so a held-out scene is held out at every size.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     objects = draw_objects(split, rng)
     image = draw_background(*draw_extent(size, aspect, rng), rng)
     for place, extent, colour, shape in objects:
         draw_object(image, place, extent, colour, shape, rng)
-    return image.round().clip(0, 255).astype(np.uint8), alt_text(objects, rng), dense_caption(objects), objects
+    pixels = image.round().clip(0, 255).astype(np.uint8)
+    return pixels, alt_text(objects, rng), dense_caption(objects), objects
 
 
 def encoded_scene(address):
@@ -159,32 +190,34 @@ def encoded_scene(address):
     pixels, alt, dense, objects = make_scene(*address)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return f"{address[0]}_{address[1]:06d}", file.getvalue(), alt, {"synthetic": [dense], "objects": objects}
+    metadata = {"synthetic": [dense], "objects": objects}
+    return f"{address[0]}_{address[1]:06d}", file.getvalue(), alt, metadata
 
 
 def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1.0):
-    """Write the three splits as shards under `out`. A run that is interrupted leaves no folder of that name."""
-    out, temporary = Path(out), Path(f"{out}.{os.getpid()}.tmp")
+    """Write the three splits as shards under `out`, in place of what is there.
+
+    A run that fails or is interrupted leaves `out` as it was.
+    """
     counts = dict(zip(SPLITS, (train, val, novel), strict=True))
-    try:
-        with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool, \
-                tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}", disable=None) as bar:
+    processes = min(8, os.cpu_count() or 1)
+    with replacing(Path(out)) as temporary:
+        with (multiprocessing.get_context("spawn").Pool(processes) as pool,
+              tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}",
+                   disable=None) as bar):
             for split, count in counts.items():
                 with ShardWriter(temporary / split) as writer:
                     addresses = ((split, i, size, seed, aspect) for i in range(count))
-                    for key, image, alt, metadata in pool.imap(encoded_scene, addresses, chunksize=64):
+                    for scene in pool.imap(encoded_scene, addresses, chunksize=64):
+                        key, image, alt, metadata = scene
                         writer.write(key, image, "png", alt, metadata)
                         bar.update()
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(out)  # a folder that is not empty cannot be replaced by renaming
+
+
+def main(argv):
+    make_scenes(**vars(Options(**read_flags(argv, Options, doc=__doc__)[0])))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw the toy set.", allow_abbrev=False)
-    parser.add_argument("--out", default="data/scenes", help="folder to write (replaced if it exists)")
-    for name, default in (("train", 20_000), ("val", 512), ("novel", 512), ("size", 48), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--aspect", type=float, default=1.0, help="widths and heights differ by up to so many times; 1: squares")
-    make_scenes(**vars(parser.parse_args()))
+    run_command(main)

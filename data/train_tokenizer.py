@@ -1,31 +1,51 @@
-"""Train the small byte-pair vocabulary that is shipped as `data/toy.tiktoken`.
+"""Train the small byte-pair vocabulary that is shipped as nano_aimv2/data/toy.tiktoken.
 
-Byte-pair encoding starts from the 256 bytes and gives the most frequent neighbouring pair a token of its own, again and
-again. Here over the toy captions and some plain English (the language reference that comes with Python), or your texts:
+Byte-pair encoding starts with the 256 single bytes as tokens. It then repeats one step: the most
+frequent pair of neighbouring tokens becomes a new token. Here it learns from toy captions and some
+plain English (the language reference that comes with Python), or from your own text:
 
-    python data/train_tokenizer.py --out=data/toy.tiktoken
-    python data/train_tokenizer.py --out=my.tiktoken --size=4096 --text=captions.txt     # then --tokenizer=my.tiktoken
+    python data/train_tokenizer.py                     # makes nano_aimv2/data/toy.tiktoken again
+    python data/train_tokenizer.py --out=my.tiktoken --size=4096 --text=captions.txt
+    python train.py --tokenizer=my.tiktoken --vocab_size=4160     # above --size: the end token
 """
 
-import argparse
 import base64
 import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import regex
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file sees the package beside its folder
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # so that the script finds the package
 from data.scenes import alt_text, dense_caption, draw_objects  # noqa: E402
-from nano_aimv2.tokenizer import PATTERN  # noqa: E402
+from nano_aimv2.data.tokenizer import PATTERN  # noqa: E402
+from nano_aimv2.files import write_text  # noqa: E402
+from nano_aimv2.flags import check_at_least, read_flags, run_command  # noqa: E402
+
+
+@dataclass
+class Options:
+    out: str = ""  # rank file to write; empty: the shipped nano_aimv2/data/toy.tiktoken
+    size: int = 767  # tokens, not counting the end token
+    text: str = ""  # text file to learn from; empty: toy captions and plain English
+
+    def __post_init__(self):
+        check_at_least(self, size=256)
+        if not self.out and (self.text or self.size != Options.size):
+            raise ValueError("no --out: a vocabulary of another --size or --text must not replace "
+                             "the shipped one; name a file for it, --out=my.tiktoken")
 
 
 def train_bpe(text, size):
-    """Learn `size` tokens from a text: -> {bytes: rank}, the 256 single bytes first.
+    """Learn `size` tokens from a text: {bytes: rank}, the 256 single bytes first.
 
-    Pairs are counted over the distinct words (a text repeats its words), and after a merge only in the words it touched.
-    Ties go to the pair that comes last in byte order. Raises ValueError if the text has too few distinct pairs.
+    Pairs are counted over the distinct words (a text repeats its words), and after a merge only in
+    the words that it changed. Of equally frequent pairs, the last in byte order is merged.
+
+    Raises: ValueError if the text has too few distinct pairs.
     """
     words = Counter(word.encode() for word in regex.findall(PATTERN, text))
     pieces = [[bytes([b]) for b in word] for word in words]
@@ -43,7 +63,8 @@ def train_bpe(text, size):
     while len(ranks) < size:
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if best is None or pairs[best] <= 0:
-            raise ValueError(f"the text gives {len(ranks)} tokens, {size} asked for: bring more text or ask for fewer")
+            raise ValueError(f"size={size} tokens, but the text is only enough for {len(ranks)}: "
+                             "give more text, or a smaller --size")
         ranks[best[0] + best[1]] = len(ranks)
         for i in places.pop(best):
             note(i, -1)
@@ -79,17 +100,18 @@ def toy_corpus(scenes=4000):
 
 
 def write_ranks(ranks, path):
-    """A tiktoken rank file: a line a token, base64 of its bytes and its rank."""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
-    Path(path).write_text("".join(lines))
+    """A tiktoken rank file: per line a token's bytes in base64, and its rank."""
+    tokens = sorted(ranks, key=ranks.get)
+    write_text(path, "".join(f"{base64.b64encode(t).decode()} {ranks[t]}\n" for t in tokens))
+
+
+def main(argv):
+    options = Options(**read_flags(argv, Options, doc=__doc__)[0])
+    out = options.out or ROOT / "nano_aimv2/data/toy.tiktoken"
+    text = Path(options.text).read_text(encoding="utf-8") if options.text else toy_corpus()
+    write_ranks(train_bpe(text, options.size), out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a byte-pair vocabulary.", allow_abbrev=False)
-    parser.add_argument("--out", default="data/toy.tiktoken", help="rank file to write")
-    parser.add_argument("--size", type=int, default=767, help="tokens, the end token not counted")
-    parser.add_argument("--text", help="text file to learn from; without it, toy captions and plain English")
-    args = parser.parse_args()
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else toy_corpus()
-    write_ranks(train_bpe(text, args.size), args.out)
-    print(f"written: {args.out}")
+    run_command(main)

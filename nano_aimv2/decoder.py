@@ -1,14 +1,16 @@
-"""Decoder: one causal transformer that reads the image's features and predicts what comes next, patch or word.
+"""Decoder: one causal transformer reads the features and predicts the next patch or token.
 
-Each sample is one sequence with image and text touching, so plain causal attention is right for every mix of sizes:
+Each sample is one sequence in which image and text touch, so plain causal attention is right for
+every mix of sizes:
 
     position       0      1    ..  n-1    n     n+1  ..          (n = 3 patches, caption "a cat")
     input         f_0    f_1      f_2    BOS    a     cat   pad
     predicts      x_1    x_2      -      a      cat   EOS   -
 
-Positions are learned for the text only: image features carry theirs from the encoder. Two linear heads, no biases.
+Only the text has (learned) positions: image features carry theirs from the encoder. Two linear
+heads, no biases.
 
-Way: features, tokens -> **decoder states** -> losses. Source: paper section 2.1. Lesson: 04.
+Pipeline: features, tokens -> **decoder states** -> losses. Source: paper section 2.1. Lesson: 04.
 """
 
 import torch
@@ -18,7 +20,7 @@ from nano_aimv2.layers import Trunk
 
 
 class Decoder(nn.Module):
-    """The multimodal decoder with its heads: `pixel_head`, `text_head`, and our own `stats_head` (see model.py)."""
+    """The multimodal decoder with the heads pixel_head, text_head and our stats_head (model.py)."""
 
     def __init__(self, config):
         super().__init__()
@@ -27,13 +29,15 @@ class Decoder(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, D)
         self.bos = nn.Parameter(torch.empty(D))
         self.text_positions = nn.Parameter(torch.empty(config.max_tokens + 1, D))
-        self.trunk = Trunk(D, config.decoder_blocks, config.decoder_heads, config.decoder_mlp_hidden_dim, config.recompute)
+        self.trunk = Trunk(D, config.decoder_blocks, config.decoder_heads,
+                           config.decoder_mlp_hidden_dim, config.recompute)
         self.pixel_head = nn.Linear(D, config.patch_dim, bias=False)
         self.text_head = nn.Linear(D, config.vocab_size, bias=False)
         self.stats_head = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 2))
 
     def embed_text(self, tokens, start=0):
-        """Text inputs. tokens i64[B, T]; start = 0 puts BOS in front: -> f[B, 1+T, Dd]; else token positions start.."""
+        """Text inputs: tokens i64[B, T] -> f[B, 1+T, Dd] with BOS in front if `start` is 0, else
+        f[B, T, Dd] at text positions start, start+1, .."""
         x = self.token_embed(tokens)
         if start == 0:
             x = torch.cat([self.bos.expand(len(x), 1, -1), x], dim=1)
@@ -47,15 +51,17 @@ class Decoder(nn.Module):
             num_patches: i64[B], the valid patches n.
             tokens: i64[B, T], padded with any valid id.
         Returns: (image states f[B, A, Dd]: state j predicts patch j+1;
-                  text states f[B, 1+T, Dd]: state 0 (BOS) predicts token 0). Rows of padding mean nothing.
+                  text states f[B, 1+T, Dd]: state 0 (BOS) predicts token 0).
+                  Rows of padding hold meaningless numbers.
         """
         image, text = self.connector(features), self.embed_text(tokens)
         (B, A, _), L = image.shape, text.shape[1]
-        # Let image and text touch: position s reads patch s while s < n, then text element s - n.
+        # Image and text touch: position s reads patch s while s < n, then text element s - n.
         s = torch.arange(A + L, device=tokens.device)[None]  # [1, S]
         n = num_patches[:, None]  # [B, 1]
-        source = torch.where(s < n, s, torch.where(s < n + L, s - n + A, s - L))  # a permutation of 0..S-1 per sample
+        # i64[B, S], a permutation per sample
+        source = torch.where(s < n, s, torch.where(s < n + L, s - n + A, s - L))
         rows = torch.arange(B, device=tokens.device)[:, None]
-        x = torch.cat([image, text.to(image.dtype)], dim=1)[rows, source]
+        x = torch.cat([image, text.to(image.dtype)], dim=1)[rows, source]  # [B, S, Dd]
         x = self.trunk(x, causal=True)
         return x[:, :A], x[rows, n + s[:, :L]]

@@ -1,10 +1,11 @@
 """Layers: the transformer block that encoder and decoder share.
 
-Pre-norm: `x += Attention(RMSNorm(x)); x += SwiGLU(RMSNorm(x))`, no biases, no dropout. A trunk is a stack of blocks and
-a final RMSNorm. What makes a trunk an encoder or a decoder is only the mask that it is given.
+Pre-norm: `x += Attention(RMSNorm(x)); x += SwiGLU(RMSNorm(x))`, no biases, no dropout. A trunk is a
+stack of blocks and a final RMSNorm. Only the mask makes a trunk an encoder or a decoder.
 
-For generation, attention can keep the keys and values of the past in a `KVCache`: a new element then costs one row of
-attention instead of a whole forward pass. That is exact wherever the past does not look ahead (lesson 09).
+For generation, attention can keep the keys and values of the past in a `KVCache`: a new element
+then costs one row of attention instead of a whole forward pass. That is exact wherever earlier
+elements do not attend to later ones (lesson 09).
 
 Source: paper section 3 (SwiGLU, RMSNorm); names as in Apple's released weights. Lesson: 03.
 """
@@ -18,39 +19,19 @@ NORM_EPS = 1e-5
 WRITTEN_OUT = 160  # up to this many keys, a CPU trains faster without the fused attention kernel
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm with its gradient worked out by hand: eager autograd would walk through memory twice as often."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale, weight = ctx.saved_tensors
-        unit = x * scale  # what the weight multiplied
-        product = grad * unit
-        slope = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        return (grad * weight).sub_(unit.mul_(slope)).mul_(scale), product.flatten(0, -2).sum(0)
-
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
-            return RMSNormFunction.apply(x, self.weight)
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)  # one kernel on GPUs
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
 class KVCache:
-    """Room for the keys and values of one attention layer: f[B, heads, capacity, head dim], filled from the left."""
+    """Room for the keys and values of one attention layer, f[B, heads, capacity, head dim]."""
 
     def __init__(self, capacity):
         self.capacity = capacity
@@ -68,9 +49,13 @@ class KVCache:
 
 
 def attend(q, k, v, bias, causal):
-    """softmax(q k^T / sqrt(head dim) + bias) v: q f[B, heads, N, hd], k and v f[B, heads, K, hd] -> f[B, heads, N, hd].
+    """softmax(q k^T / sqrt(head dim) + bias) v.
 
-    On a CPU, short sequences are trained fastest with the formula written out, and bf16 pays in the linear layers only.
+    Args: q: f[B, heads, N, hd]; k, v: f[B, heads, K, hd]; bias: f[B, 1, N, K] or None.
+    Returns: f[B, heads, N, hd].
+
+    On a CPU, short sequences train fastest with the formula written out, and bfloat16 pays in the
+    linear layers only.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
@@ -85,7 +70,8 @@ def attend(q, k, v, bias, causal):
 
 def mask_to_bias(can_attend):
     """bool -> float32: 0 where True, -inf where False."""
-    return torch.zeros(can_attend.shape, device=can_attend.device).masked_fill_(~can_attend, float("-inf"))
+    bias = torch.zeros(can_attend.shape, device=can_attend.device)
+    return bias.masked_fill_(~can_attend, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -100,7 +86,8 @@ class Attention(nn.Module):
     def forward(self, x, bias=None, causal=False, cache=None):
         """x f[B, N, D], bias f[B, 1, N, K] or None -> f[B, N, D]."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, hd]
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, hd]
         if cache is not None:
             k, v = cache.append(k, v)
         x = attend(q, k, v, bias, causal)
@@ -108,7 +95,7 @@ class Attention(nn.Module):
 
 
 def init_linear_layers(model):
-    """Xavier-uniform weights, q, k and v each by itself; biases zero."""
+    """Xavier-uniform weights (q, k and v as separate matrices), zero biases."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             for part in module.weight.data.chunk(3 if name.endswith("qkv") else 1):
@@ -131,6 +118,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """One pre-norm transformer block: forward(x f[B, N, D], ...) -> f[B, N, D]."""
+
     def __init__(self, dim, num_heads, hidden_dim):
         super().__init__()
         self.norm_1 = RMSNorm(dim)
@@ -144,10 +133,10 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A stack of blocks under one mask, then the final norm. forward(x f[B, N, D], ...) -> f[B, N, D].
+    """A stack of blocks under one mask, then the final norm: f[B, N, D] -> f[B, N, D].
 
-    recompute: keep only the input of each block for the backward pass and run the block again there (activation
-    checkpointing): a third more arithmetic, a tenth of the memory.
+    recompute: keep only the input of each block for the backward pass and run the block again there
+    (activation checkpointing): a third more arithmetic, a tenth of the memory.
     """
 
     def __init__(self, dim, num_blocks, num_heads, hidden_dim, recompute=False):
@@ -160,7 +149,8 @@ class Trunk(nn.Module):
         bias = None if can_attend is None else mask_to_bias(can_attend)
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled() and not caches:
-                x = checkpoint(block, x, bias, causal, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+                x = checkpoint(block, x, bias, causal, use_reentrant=False,
+                               preserve_rng_state=False)  # a block draws no random numbers
             else:
                 x = block(x, bias, causal, caches[i] if caches else None)
         return self.post_trunk_norm(x)

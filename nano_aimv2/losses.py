@@ -1,11 +1,13 @@
-"""Losses: what the next patch and the next word cost, each as a sum and a count.
+"""Losses: the cost of the predicted patches and tokens, each as a sum and a count.
 
-A mean is only taken once, after sums and counts of all micro-batches and ranks have been added up: then a batch gives
-the same gradient however it is split. (A mean of means does not: a caption of 3 tokens would weigh as much as one of 30.)
+The mean is taken once, after the sums and counts of all micro-batches and ranks have been added up:
+a batch then gives the same gradient however it is split. (A mean of means does not: a caption of 3
+tokens would weigh as much as one of 30.)
 
     total = text_sum / text_count + alpha * image_sum / image_count        (alpha = 0.4)
 
-Way: decoder states -> **(sum, count)** -> gradient. Source: paper section 2.1, Table 9c. Lesson: 05.
+Pipeline: decoder states -> **(sum, count)** -> gradient. Source: paper section 2.1, Table 9c.
+Lesson: 05.
 """
 
 from dataclasses import dataclass
@@ -18,28 +20,33 @@ IGNORE = -100  # a text target that is padding
 
 @dataclass
 class Losses:
-    """Sums over this micro-batch (0-d tensors with gradient) and how many things were summed."""
+    """Sums over this micro-batch (0-d tensors with gradient) and the number of things summed."""
 
     image_sum: torch.Tensor  # over target patches, of the mean squared error within the patch
     image_count: torch.Tensor  # target patches
     text_sum: torch.Tensor  # over caption tokens and EOS, of the cross-entropy in nats
     text_count: torch.Tensor  # target tokens
-    stats_sum: torch.Tensor  # over target patches, of the statistics head's error; its gradient reaches that head only
+    stats_sum: torch.Tensor  # over target patches, of the statistics head's error (trains it alone)
+
+    def sums(self):
+        """f[3] without gradient: text, image and statistics."""
+        return torch.stack([self.text_sum, self.image_sum, self.stats_sum]).detach()
 
     def total(self, alpha, image_count, text_count, text_weight=1.0):
         """The objective, divided by counts summed over the *global* batch.
 
-        Raises: ValueError on an empty target set; there may be no target patch where alpha is 0.
+        Raises: ValueError if there is nothing to predict (without patches alpha must be 0).
         """
         if not (text_count > 0 and (image_count > 0 or alpha == 0)):
-            raise ValueError(f"{int(image_count)} target patches and {int(text_count)} target tokens in the batch; both "
-                             "must be at least 1: draw prefixes below n, and give every image a caption")
+            raise ValueError(f"{int(image_count)} target patches and {int(text_count)} target "
+                             "tokens in the batch; both must be at least 1: draw prefixes below n, "
+                             "and give every image a caption")
         image = (alpha * self.image_sum + self.stats_sum) / max(image_count, 1)
         return text_weight * self.text_sum / text_count + image
 
 
 def image_loss(predicted, target):
-    """Squared error on normalised patches, mean within a patch, sum over patches: f[K, P] twice -> (sum, count K)."""
+    """Squared error, mean within a patch, summed over patches: f[K, P] twice -> (sum, count K)."""
     error = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=-1)
     return error.sum(), torch.tensor(len(error))
 
@@ -50,14 +57,18 @@ def text_loss(logits, target):
 
 
 def stats_loss(predicted, mean, std):
-    """Our patch statistics: predicted f[K, 2] (mean, log std) against mean, std f[K, 1] -> sum of absolute errors.
+    """Our patch statistics: the sum of absolute errors.
 
-    Absolute, so that the head learns the median: where an object may or may not come, the mean of both is neither.
+    Args: predicted: f[K, 2] (mean, log std); mean and std: f[K, 1], of the target patches.
+
+    Absolute errors make the head learn the median: where an object may or may not come, the mean of
+    the two cases is neither.
     """
-    return F.l1_loss(predicted.float(), torch.cat([mean, std.log()], dim=-1).float(), reduction="sum")
+    target = torch.cat([mean, std.log()], dim=-1).float()
+    return F.l1_loss(predicted.float(), target, reduction="sum")
 
 
 def text_targets(tokens, num_tokens):
-    """tokens i64[B, T], num_tokens i64[B] (EOS included) -> i64[B, T] with IGNORE on the padding."""
+    """tokens i64[B, T], num_tokens i64[B] (with EOS) -> i64[B, T], IGNORE on the padding."""
     t = torch.arange(tokens.shape[1], device=tokens.device)
     return tokens.masked_fill(t >= num_tokens[:, None], IGNORE)

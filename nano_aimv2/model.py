@@ -1,10 +1,12 @@
-"""AIMv2: encoder under a prefix mask, one causal decoder over image and text, two losses.
+"""AIMv2: an encoder under a prefix mask, one causal decoder over image and text, two losses.
 
-The whole forward pass is one method. The one addition to the paper is ours: a *patch statistics head*, two small layers
-that predict the next patch's mean and log-deviation. The paper's targets are normalised, so a generated patch would have
-neither; the head reads **detached** states, so the paper's objective never feels it (see `generate.complete`).
+The whole forward pass is one method. One addition to the paper is ours: a *patch statistics head*,
+two small layers that predict the next patch's mean and log-deviation. The paper's targets are
+normalised, so a generated patch would have neither. The head reads **detached** states: the paper's
+objective does not feel it (see `generate.complete`).
 
-Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code. Lessons: 03 to 05.
+Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code, but for the
+connector (README, "Differences"). Lessons: 03 to 05.
 """
 
 from torch import nn
@@ -13,7 +15,7 @@ from nano_aimv2.decoder import Decoder
 from nano_aimv2.encoder import Encoder
 from nano_aimv2.layers import init_linear_layers
 from nano_aimv2.losses import IGNORE, Losses, image_loss, stats_loss, text_loss, text_targets
-from nano_aimv2.patchify import normalize_patches, pixels_to_float
+from nano_aimv2.patchify import normalize_patches
 from nano_aimv2.prefix_mask import is_image_target
 
 
@@ -43,36 +45,40 @@ class AIMv2(nn.Module):
         """One training pass.
 
         Args:
-            batch: patches u8[B, A, P], grid i64[B, 2], tokens i64[B, T] (EOS included), num_tokens i64[B].
+            batch: patches u8[B, A, P], grid i64[B, 2], tokens i64[B, T] (EOS included), num_tokens
+                i64[B].
             prefix_len: i64[B], M in 1 .. n-1.
-            num_targets: how many patches and tokens are targets; given, no GPU is stopped to count them.
+            num_targets: how many patches and how many tokens are targets; if given, a GPU does not
+                have to stop and count them.
         Returns: Losses, sums and counts of this batch.
         """
-        config, decoder = self.config, self.decoder
-        patches = pixels_to_float(batch.patches, config.pixel_mean, config.pixel_std)  # f[B, A, P]
+        decoder = self.decoder
+        patches = self.encoder.standardize(batch.patches)  # f[B, A, P]
         num_patches = batch.grid.prod(dim=1)  # n, i64[B]
         features = self.encoder(patches, batch.grid, prefix_len)  # f[B, A, De]
-        tokens = batch.tokens[:, : config.max_tokens]  # i64[B, T]; batches round T up, what is beyond is padding
-        image_states, text_states = decoder(features, num_patches, tokens[:, :-1])  # f[B, A, Dd], f[B, T, Dd]
+        tokens = batch.tokens[:, : self.config.max_tokens]  # i64[B, T]; batches round T up
+        image_states, text_states = decoder(features, num_patches, tokens[:, :-1])  # f[B, A|T, Dd]
 
-        # State j predicts patch j+1 (patch 0 is never a target). Only rows that have a target reach the heads.
+        # State j predicts patch j+1; patch 0 is never a target. Only rows with a target reach the
+        # heads.
         is_target = is_image_target(prefix_len, num_patches, patches.shape[1])  # bool[B, A]
         rows = true_rows(is_target, num_targets[0])  # i64[K], into B*A
         states = image_states.flatten(0, 1)[rows - 1]  # f[K, Dd]
         target = patches.flatten(0, 1)[rows]  # f[K, P]
         normalized, mean, std = normalize_patches(target)  # f[K, P], f[K, 1], f[K, 1]
-        target = target if config.raw_pixels else normalized
+        target = target if self.config.raw_pixels else normalized
         image_sum, image_count = image_loss(decoder.pixel_head(states), target)
         stats_sum = stats_loss(decoder.stats_head(states.detach()), mean, std)
 
-        # Text state t predicts token t: BOS the first, the last word EOS.
+        # Text state t predicts token t: BOS predicts the first, the last token EOS.
         target = text_targets(tokens, batch.num_tokens)  # i64[B, T]
         rows = true_rows(target != IGNORE, num_targets[1])  # i64[K], into B*T
-        text_sum, text_count = text_loss(decoder.text_head(text_states.flatten(0, 1)[rows]), target.flatten()[rows])
+        logits = decoder.text_head(text_states.flatten(0, 1)[rows])  # f[K, V]
+        text_sum, text_count = text_loss(logits, target.flatten()[rows])
         return Losses(image_sum, image_count, text_sum, text_count, stats_sum)
 
 
 def true_rows(mask, count=None):
-    """Where a mask bool[B, L] is True, as i64[K] into its B*L places; K is counted unless it is known."""
+    """Where a mask bool[B, L] is True, as i64[K] into its B*L places; K is counted unless given."""
     mask = mask.flatten()
     return mask.nonzero_static(size=int(mask.sum()) if count is None else count).flatten()

@@ -1,17 +1,17 @@
-"""Patchify: an image becomes a sequence of flat patches, and comes back.
+"""Patchify: an image becomes a sequence of flat patches, and back.
 
-A ViT reads an image as a sentence of square tiles in raster order (left to right, top to bottom). One tile of
-`p x p` RGB pixels is one vector of `P = p*p*3` values laid out (row, column, channel). The same vectors are what the
-decoder must predict, after each patch has lost its own mean and deviation: then a patch in shadow counts as much as
-one in the sun, and predicting "flat grey" earns nothing.
+A ViT reads an image as a sequence of square tiles in raster order (left to right, top to bottom). A
+tile of `p x p` RGB pixels is one vector of `P = p*p*3` values laid out (row, column, channel). The
+same vectors are the decoder's targets, after each has lost its own mean and standard deviation: a
+patch in shadow then counts as much as one in the sun, and predicting flat grey earns nothing.
 
-Way: image -> **patches** -> encoder -> decoder -> patch predictions. Source: paper section 2.1; normalised targets as
-in MAE (arXiv 2111.06377). Lesson: 01.
+Pipeline: image -> **patches** -> encoder -> decoder -> patch predictions. Source: paper section
+2.1; normalised targets as in MAE (arXiv 2111.06377). Lesson: 01.
 """
 
 import torch
 
-PATCH_EPS = 1e-6  # added to the variance of a patch: a flat patch becomes zeros, not 0/0
+PATCH_EPS = 1e-6  # added to a patch's variance: a flat patch becomes zeros, not 0/0
 
 
 def patchify(images, patch_size):
@@ -28,7 +28,8 @@ def patchify(images, patch_size):
     B, C, H, W = images.shape
     p = patch_size
     if H % p or W % p:
-        raise ValueError(f"image is {H} x {W} pixels; both sides must be multiples of the patch size {p}: resize first")
+        raise ValueError(f"image is {H} x {W} pixels; both sides must be multiples of the patch "
+                         f"size {p}: resize first")
     x = images.reshape(B, C, H // p, p, W // p, p)  # [B, C, rows, p, cols, p]
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
 
@@ -37,7 +38,9 @@ def unpatchify(patches, grid, patch_size):
     """Put patches back into images: the inverse of `patchify`.
 
     Args:
-        patches: [B, N, P]; grid: (rows, cols) with rows*cols = N; patch_size: side p in pixels.
+        patches: [B, N, P].
+        grid: (rows, cols) with rows*cols = N.
+        patch_size: side p in pixels.
     Returns: [B, 3, rows*p, cols*p].
     Raises: ValueError if N or P does not fit the grid and the patch size.
     """
@@ -45,18 +48,21 @@ def unpatchify(patches, grid, patch_size):
     rows, cols = grid
     p = patch_size
     if rows * cols != N or p * p * 3 != P:
-        raise ValueError(f"patches have shape {tuple(patches.shape)}; a {rows} x {cols} grid of {p}-pixel patches "
-                         f"needs [B, {rows * cols}, {p * p * 3}]")
+        raise ValueError(f"patches have shape {tuple(patches.shape)}; a {rows} x {cols} grid of "
+                         f"{p}-pixel patches needs [B, {rows * cols}, {p * p * 3}]")
     x = patches.reshape(B, rows, cols, p, p, 3)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, rows * p, cols * p)
 
 
 def normalize_patches(patches):
-    """Remove each patch's own mean and standard deviation (over all P values, the three channels together).
+    """Remove each patch's own mean and standard deviation, over all P values together.
 
     Args: patches: float[..., P].
-    Returns: (normalized float[..., P], mean float[..., 1], std float[..., 1]) with std = sqrt(unbiased var + 1e-6).
-    A flat patch becomes zeros. Predicting zeros scores a mean squared error of (P-1)/P on textured patches.
+    Returns: (normalized float[..., P], mean float[..., 1], std float[..., 1]), where
+        std = sqrt(unbiased variance + 1e-6).
+
+    A flat patch becomes zeros. Predicting zeros scores a mean squared error of (P-1)/P on textured
+    patches.
     """
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     std = (var + PATCH_EPS).sqrt()
@@ -64,17 +70,23 @@ def normalize_patches(patches):
 
 
 def denormalize_patches(normalized, mean, std):
-    """The inverse of `normalize_patches`: normalized float[..., P], mean and std float[..., 1] -> float[..., P]."""
+    """The inverse of `normalize_patches`: f[..., P], mean and std f[..., 1] -> f[..., P]."""
     return normalized * std + mean
 
 
 def pixels_to_float(patches, pixel_mean, pixel_std):
-    """Raw patches u8[..., P] in 0..255 to the model's float scale: (x / 255 - mean) / std for each colour channel."""
-    mean, std = (torch.tensor(v, device=patches.device).repeat(patches.shape[-1] // 3) for v in (pixel_mean, pixel_std))
+    """Standardise raw patches: u8[..., P] -> f32[..., P], (x / 255 - mean) / std per channel."""
+    mean, std = per_value(patches, pixel_mean, pixel_std)
     return patches.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def float_to_pixels(patches, pixel_mean, pixel_std):
     """The inverse of `pixels_to_float`, rounded and clamped: float[..., P] -> u8[..., P]."""
-    mean, std = (torch.tensor(v, device=patches.device).repeat(patches.shape[-1] // 3) for v in (pixel_mean, pixel_std))
+    mean, std = per_value(patches, pixel_mean, pixel_std)
     return ((patches.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def per_value(patches, *channels):
+    """Three numbers each (one per channel) -> f32[P] each: a patch repeats its channels."""
+    repeats = patches.shape[-1] // 3
+    return (torch.as_tensor(c, device=patches.device).repeat(repeats) for c in channels)

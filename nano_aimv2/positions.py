@@ -1,10 +1,12 @@
 """Positions: where on the grid a patch stands.
 
-Fixed-resolution encoders learn one vector per place of the grid; the native-resolution encoder computes 2-D sines and
-cosines from the actual (row, column), so that any grid works. Both are added after the patch embedding's norm.
+Fixed-resolution encoders learn one vector for each place of the grid. The native-resolution encoder
+computes 2-D sines and cosines from the actual (row, column), so that any grid works. Both are added
+after the norm of the patch embedding.
 
-Source: paper section 2.4 (native resolution uses sin-cos); the layout of the released code: the first half of the
-channels encodes the column, the second half the row, each half [sin | cos], base 10000, integer positions. Lesson: 03.
+Source: paper section 2.4 (native resolution uses sin-cos); layout of Apple's released code: the
+first half of the channels encodes the column, the second half the row, each half [sin | cos], base
+10000, integer positions. Lesson: 03.
 """
 
 import torch
@@ -12,16 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def grid_index(grid, size):
-    """Row and column of every patch: grid i64[B, 2] (rows, cols) -> (row i64[B, size], col i64[B, size])."""
-    k = torch.arange(size, device=grid.device)[None]
-    cols = grid[:, 1:]
-    return k // cols, k % cols
-
-
 def sincos(position, dim, base=10000.0):
-    """1-D sines and cosines: position [...] -> f32[..., dim], [sin | cos], wavelengths 2 pi .. 2 pi base."""
-    omega = base ** (-torch.arange(dim // 2, device=position.device, dtype=torch.float32) / (dim // 2))
+    """1-D positions [...] -> f32[..., dim], [sin | cos], wavelengths 2 pi .. 2 pi base."""
+    channel = torch.arange(dim // 2, device=position.device, dtype=torch.float32)
+    omega = base ** (-channel / (dim // 2))
     angle = position.float()[..., None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
@@ -32,19 +28,20 @@ def sincos_2d(grid, size, dim):
     Args: grid: i64[B, 2] (rows, cols); size: padded patches A; dim: width D, a multiple of 4.
     Returns: f32[B, A, D]: channels 0..D/2 encode the column, D/2..D the row.
     """
-    row, col = grid_index(grid, size)
-    return torch.cat([sincos(col, dim // 2), sincos(row, dim // 2)], dim=-1)
+    k, cols = torch.arange(size, device=grid.device), grid[:, 1:]  # patch k is in row k // cols
+    return torch.cat([sincos(k % cols, dim // 2), sincos(k // cols, dim // 2)], dim=-1)
 
 
 def resize_table(table, old_grid, new_grid):
-    """Resize a learned position table f[N, D] from one grid (rows, cols) to another, bicubically, in float32.
+    """Resize a learned position table f[N, D] from one grid (rows, cols) to another, bicubic.
 
-    The identity at equal size; exact on a linear ramp away from the border.
+    Computed in float32; the identity at equal size; exact on a linear ramp away from the border.
     """
     if tuple(old_grid) == tuple(new_grid):
         return table
     square = table.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # [1, D, rows, cols]
-    # antialias=True also chooses the cubic of Keys (a = -0.5), which reproduces straight lines; torch's other one does not.
+    # antialias=True also selects Keys's cubic (a = -0.5), which reproduces straight lines; torch's
+    # default (a = -0.75) does not.
     square = F.interpolate(square, size=tuple(new_grid), mode="bicubic", antialias=True)
     return square.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
@@ -61,9 +58,9 @@ class SinCosPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned table for one square grid of side `side`: forward(grid i64[B, 2], size) -> f32[1, size, D].
+    """A learned table for one square grid: forward(grid i64[B, 2], size) -> f32[1, size, D].
 
-    Another grid than its own is met by resizing the table (one grid for the whole batch).
+    Another grid than its own resizes the table; all images of the batch must then share that grid.
     """
 
     def __init__(self, side, dim):
@@ -73,10 +70,11 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.table, std=0.02)
 
     def forward(self, grid, size):
-        if self.training and size == self.side**2:  # it is only trained on its own grid: no look at `grid`, no wait for a GPU
-            return self.table[None]
+        if self.training and size == self.side**2:
+            return self.table[None]  # trained on its own grid only: `grid` need not leave a GPU
         rows, cols = grid[0].tolist()
         if rows * cols != size or not bool((grid == grid[0]).all()):
-            raise ValueError(f"grids {grid.unique(dim=0).tolist()} in one batch of {size} patches; a learned position "
-                             "table needs equal grids: use positions='sincos' for mixed sizes")
+            raise ValueError(f"grids {grid.unique(dim=0).tolist()} in one batch of {size} patches; "
+                             "a learned position table needs equal grids: use positions='sincos' "
+                             "for mixed sizes")
         return resize_table(self.table, (self.side, self.side), (rows, cols))[None]

@@ -1,39 +1,52 @@
-"""The gradients of a run's first step, by train.py's own pieces, gathered from all ranks and saved by the first of them.
+"""The gradients of a run's first step, as train.py's own loop has them when the optimizer steps.
 
-    torchrun --nproc_per_node=2 -- tests/first_gradients.py OUT.safetensors [--key=value ...]
+    torchrun --nproc_per_node=2 tests/first_gradients.py OUT.safetensors [--key=value ...]
+
+The first rank saves them, gathered from all ranks; then all ranks leave.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from nano_aimv2 import distributed  # noqa: E402
-from nano_aimv2.config import Config  # noqa: E402
-from nano_aimv2.data import TrainingData  # noqa: E402
-from nano_aimv2.model import AIMv2  # noqa: E402
-from nano_aimv2.prefix_mask import step_prefix_len  # noqa: E402
-from nano_aimv2.tokenizer import Tokenizer  # noqa: E402
-from train import backward, count_targets  # noqa: E402
+import train  # noqa: E402
+from nano_aimv2.training import distributed  # noqa: E402
+from nano_aimv2.training.optim import make_optimizer  # noqa: E402
 
-config = Config.from_flags(sys.argv[2:])
-runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
-data = TrainingData(config, Tokenizer(config.tokenizer), runtime.rank, runtime.world)
-torch.manual_seed(config.seed)
-model = AIMv2(config)
-trained = distributed.parallelize(model, runtime)
-batches = [data[k] for k in range(config.grad_accum)]
-prefixes = [step_prefix_len(b.grid.prod(dim=1), config.seed, 0, b.rows, b.global_size) for b in batches]
-counts = count_targets(batches, prefixes)
-total_counts = runtime.sum(*(sum(c) for c in zip(*counts, strict=True)))
-scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
-backward(trained, batches, prefixes, counts, total_counts, config, runtime, scaler)
-gradients = {name: (p.grad.full_tensor() if runtime.is_sharded else p.grad).clone() for name, p in model.named_parameters()}
-if runtime.is_main:
-    save_file(gradients, sys.argv[1])
-runtime.barrier()
-distributed.stop()
-distributed.leave()
+
+class Saved(Exception):
+    """The gradients are saved: nothing is left to do."""
+
+
+def main(out, flags):
+    def make_and_watch(model, *settings):
+        optimizer = make_optimizer(model, *settings)
+        optimizer.register_step_pre_hook(lambda *_: save_gradients(model, out))
+        return optimizer
+
+    train.make_optimizer = make_and_watch
+    try:
+        train.main([*flags, "--clip_grad=1e9", f"--run_dir={out}.run"])
+    except Saved:
+        return
+    raise AssertionError("the run ended without a step")
+
+
+def save_gradients(model, out):
+    gradients = {}
+    for name, p in model.named_parameters():
+        whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad  # under FSDP2
+        gradients[name] = whole.clone()
+    if int(os.environ.get("RANK", 0)) == 0:
+        save_file(gradients, out)
+    raise Saved
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
+    distributed.stop()
+    distributed.leave()

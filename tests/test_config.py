@@ -1,20 +1,25 @@
+"""The settings: presets, rules, help, and the file that keeps them."""
+
 import dataclasses
 
 import pytest
 
-from nano_aimv2.config import PRESETS, Config, help_text, swiglu_hidden
+from nano_aimv2.config import PRESETS, Config, swiglu_hidden
+from nano_aimv2.flags import field_notes
 
 
 def test_presets_build_and_overrides_replace():
     assert Config.from_preset("toy", steps=7).steps == 7
     for name in PRESETS:
         config = Config.from_preset(name)
-        assert config.preset == name and config.run == f"runs/{name}"
+        assert config.preset == name and config.run_dir == f"runs/{name}"
 
 
 def test_flags_are_read_by_type():
-    config = Config.from_flags(["--preset=toy", "--steps=12", "--lr=1e-4", "--flip=true", "--pixel-mean=0.1,0.2,0.3"])
-    assert (config.steps, config.lr, config.flip, config.pixel_mean) == (12, 1e-4, True, (0.1, 0.2, 0.3))
+    config = Config.from_flags(["--preset=toy", "--steps=12", "--lr=1e-4", "--flip=true",
+                                "--pixel-mean=0.1,0.2,0.3"])
+    assert (config.steps, config.lr) == (12, 1e-4)
+    assert (config.flip, config.pixel_mean) == (True, (0.1, 0.2, 0.3))
     assert Config.from_flags(["--flip=False"]).flip is False
 
 
@@ -50,9 +55,14 @@ def test_help_explains_every_setting(capsys):
         Config.from_flags(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    notes = field_notes(Config)
     for field in dataclasses.fields(Config):
         assert f"--{field.name}=" in text
-    assert "global gradient norm" in help_text()
+        assert notes[field.name].split()[0] in text, f"{field.name} has no help"
+    assert "global gradient norm" in text
+    for name, (about, settings) in PRESETS.items():
+        assert f"  {name} " in text and about in text
+        assert Config.from_preset(name).steps == settings.get("steps", Config.steps)
 
 
 def test_a_config_survives_its_file(tmp_path):
@@ -71,4 +81,5 @@ def test_a_damaged_config_file_is_named(tmp_path):
 
 
 def test_hidden_sizes_are_the_papers():
-    assert [swiglu_hidden(d, 256) for d in (768, 1024, 1536, 2048, 3072)] == [2048, 2816, 4096, 5632, 8192]
+    widths = (768, 1024, 1536, 2048, 3072)
+    assert [swiglu_hidden(width, 256) for width in widths] == [2048, 2816, 4096, 5632, 8192]

@@ -1,14 +1,16 @@
+"""Captions, scores and completions: cached as uncached, together as alone."""
+
 import math
 
 import pytest
 import torch
-from conftest import random_batch, tiny_config
+from helpers import caption_without_caches, complete_without_caches, random_batch, tiny_config
 
+from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.generate import caption, choose, complete, score, teacher_forced
 from nano_aimv2.model import AIMv2
-from nano_aimv2.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer("data/toy.tiktoken")
+TOKENIZER = Tokenizer("toy.tiktoken")
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +23,19 @@ def model():
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
-                                      {"prompt": "top left a"}, {"max_tokens": 3}])
+@pytest.mark.parametrize("settings", [
+    {}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
+    {"prompt": "top left a"}, {"max_tokens": 3}])
 def test_cached_captions_equal_uncached_ones(model, settings):
-    batch = random_batch(model.config, size=4, num_tokens=(5,) * 4, grids=[(5, 5), (3, 4), (5, 5), (2, 6)])
+    grids = [(5, 5), (3, 4), (5, 5), (2, 6)]
+    batch = random_batch(model.config, size=4, num_tokens=(5,) * 4, grids=grids)
     cached = caption(model, batch.patches, batch.grid, TOKENIZER, **settings)
-    uncached = caption(model, batch.patches, batch.grid, TOKENIZER, cached=False, **settings)
-    for a, b in zip(cached, uncached, strict=True):
-        assert a.ids == b.ids and a.text == b.text and a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
-        assert a.text.startswith(settings.get("prompt", "")) and len(a.ids) <= settings.get("max_tokens", 24)
+    uncached = caption_without_caches(model, batch.patches, batch.grid, TOKENIZER, **settings)
+    for found, (ids, log_prob) in zip(cached, uncached, strict=True):
+        assert found.ids == ids and found.text == TOKENIZER.decode(ids)
+        assert found.log_prob == pytest.approx(log_prob, abs=1e-3)
+        assert found.text.startswith(settings.get("prompt", ""))
+        assert len(found.ids) <= settings.get("max_tokens", 24)
 
 
 def test_a_batch_of_mixed_sizes_is_captioned_like_each_image_alone(model):
@@ -37,46 +43,46 @@ def test_a_batch_of_mixed_sizes_is_captioned_like_each_image_alone(model):
     together = caption(model, batch.patches, batch.grid, TOKENIZER)
     for i, n in enumerate(batch.grid.prod(dim=1).tolist()):
         (alone,) = caption(model, batch.patches[i : i + 1, :n], batch.grid[i : i + 1], TOKENIZER)
-        assert alone.ids == together[i].ids and alone.log_prob == pytest.approx(together[i].log_prob, abs=1e-4)
+        assert alone.ids == together[i].ids
+        assert alone.log_prob == pytest.approx(together[i].log_prob, abs=1e-4)
 
 
 def test_the_score_of_a_generated_caption_is_its_log_probability(model):
     batch = random_batch(model.config, size=1, num_tokens=(5,))
-    found = caption(model, batch.patches, batch.grid, TOKENIZER, prompt="", temperature=1.0, seed=5)[0]
-    ids = found.ids[: found.ids.index(TOKENIZER.eos)] if TOKENIZER.eos in found.ids else found.ids
-    scores = score(model, batch.patches, batch.grid, TOKENIZER, [TOKENIZER.decode(ids) or "x", "a cat"])
-    assert scores.shape == (2,) and bool((scores < 0).all())
-    if TOKENIZER.encode(TOKENIZER.decode(ids) or "x", 24) == found.ids:  # the text is what the tokenizer would write
-        assert float(scores[0]) == pytest.approx(found.log_prob, abs=1e-3)
+    compared = 0
+    for seed in (1, 2, 5, 28):
+        (found,) = caption(model, batch.patches, batch.grid, TOKENIZER, temperature=1.0, seed=seed)
+        scores = score(model, batch.patches, batch.grid, TOKENIZER, [found.text or "x", "a cat"])
+        assert scores.shape == (2,) and bool((scores < 0).all())
+        if TOKENIZER.encode(found.text or "x", 24) == found.ids:  # as the tokenizer would split it
+            assert float(scores[0]) == pytest.approx(found.log_prob, abs=1e-3)
+            compared += 1
+    assert compared, "no sampled caption was one that the tokenizer would write"
 
 
-def test_scores_do_not_depend_on_the_company(model):
+def test_a_score_does_not_depend_on_the_other_captions(model):
     batch = random_batch(model.config, size=1, num_tokens=(5,))
     both = score(model, batch.patches, batch.grid, TOKENIZER, ["a small red ring", "star"])
-    assert float(score(model, batch.patches, batch.grid, TOKENIZER, ["star"])[0]) == pytest.approx(float(both[1]), abs=1e-4)
+    alone = score(model, batch.patches, batch.grid, TOKENIZER, ["star"])
+    assert float(alone[0]) == pytest.approx(float(both[1]), abs=1e-4)
 
 
 def test_scores_add_up_token_by_token(model):
     batch = random_batch(model.config, size=1, num_tokens=(5,))
     ids = TOKENIZER.encode("a red star", 24)
-    features = model.encoder(batch_floats(model, batch), batch.grid)
+    features = model.encoder(batch.patches, batch.grid)
     _, states = model.decoder(features, batch.grid.prod(dim=1), torch.tensor([ids[:-1]]))
     log_probs = model.decoder.text_head(states[0]).log_softmax(-1).detach()
     expected = sum(float(log_probs[t, token]) for t, token in enumerate(ids))
-    assert float(score(model, batch.patches, batch.grid, TOKENIZER, ["a red star"])[0]) == pytest.approx(expected, abs=1e-4)
-
-
-def batch_floats(model, batch):
-    from nano_aimv2.patchify import pixels_to_float
-
-    return pixels_to_float(batch.patches, model.config.pixel_mean, model.config.pixel_std)
+    found = score(model, batch.patches, batch.grid, TOKENIZER, ["a red star"])
+    assert float(found[0]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("num_given", [1, 12, 24])
 def test_cached_completions_equal_uncached_ones(model, num_given):
     batch = random_batch(model.config, size=2, num_tokens=(5, 5))
     cached = complete(model, batch.patches, batch.grid, num_given)
-    uncached = complete(model, batch.patches, batch.grid, num_given, cached=False)
+    uncached = complete_without_caches(model, batch.patches, batch.grid, num_given)
     assert (cached.int() - uncached.int()).abs().max() <= 1  # a rounding edge at most
     assert torch.equal(cached[:, :num_given], batch.patches[:, :num_given])
 
@@ -85,12 +91,14 @@ def test_completion_never_looks_at_what_it_generates(model):
     batch = random_batch(model.config, size=2, num_tokens=(5, 5))
     hidden = batch.patches.clone()
     hidden[:, 10:] = 0
-    assert torch.equal(complete(model, batch.patches, batch.grid, 10), complete(model, hidden, batch.grid, 10))
+    seen, unseen = (complete(model, p, batch.grid, 10) for p in (batch.patches, hidden))
+    assert torch.equal(seen, unseen)
 
 
 def test_the_first_generated_patch_is_the_first_teacher_forced_one(model):
     batch = random_batch(model.config, size=2, num_tokens=(5, 5))
-    generated, forced = complete(model, batch.patches, batch.grid, 10), teacher_forced(model, batch.patches, batch.grid, 10)
+    generated = complete(model, batch.patches, batch.grid, 10)
+    forced = teacher_forced(model, batch.patches, batch.grid, 10)
     assert (generated[:, 10].int() - forced[:, 10].int()).abs().max() <= 1
     assert not torch.equal(generated[:, 12:], forced[:, 12:])
 
@@ -119,12 +127,16 @@ def test_greedy_takes_the_likeliest_and_top_k_and_top_p_cut_the_tail():
 
 def test_sampling_repeats_with_its_seed(model):
     batch = random_batch(model.config)
-    runs = [[c.ids for c in caption(model, batch.patches, batch.grid, TOKENIZER, temperature=1.0, seed=s)] for s in (1, 1, 2)]
+    runs = []
+    for seed in (1, 1, 2):
+        found = caption(model, batch.patches, batch.grid, TOKENIZER, temperature=1.0, seed=seed)
+        runs.append([c.ids for c in found])
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("settings, message", [({"prompt": "red " * 50}, "leave room"), ({"temperature": -1}, "temperature=-1"),
-                                               ({"top_p": 0}, "top_p=0"), ({"top_k": -2}, "top_k=-2")])
+@pytest.mark.parametrize("settings, message", [
+    ({"prompt": "red " * 50}, "tokens; at most 23 fit"), ({"temperature": -1}, "temperature=-1"),
+    ({"top_p": 0}, "top_p=0"), ({"top_k": -2}, "top_k=-2")])
 def test_bad_sampling_settings_are_refused(model, settings, message):
     batch = random_batch(model.config)
     with pytest.raises(ValueError, match=message):

@@ -1,64 +1,73 @@
+"""The model against formulas, loops, the paper's sizes and itself."""
+
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch, tiny_config
+from helpers import random_batch, tiny_config
 
 from nano_aimv2.config import PRESETS, Config
+from nano_aimv2.data.batches import Batch
 from nano_aimv2.layers import Attention, RMSNorm, Trunk, mask_to_bias
 from nano_aimv2.losses import image_loss
-from nano_aimv2.metrics import encoder_flops, train_flops
 from nano_aimv2.model import AIMv2
-from nano_aimv2.patchify import normalize_patches, pixels_to_float
+from nano_aimv2.patchify import normalize_patches
 from nano_aimv2.positions import resize_table, sincos_2d
 from nano_aimv2.prefix_mask import prefix_mask
+from nano_aimv2.training.metrics import encoder_flops, train_flops
 
 
 def close(a, b, tolerance=1e-5):
     difference = float((a - b).detach().abs().max())
-    assert difference <= tolerance, f"largest difference {difference:.3g}, tolerance {tolerance:.3g}"
+    assert difference <= tolerance, f"largest difference {difference:.3g}, allowed {tolerance:.3g}"
 
 
-@pytest.mark.parametrize("preset, millions", [("base", 85.60), ("large", 309.20), ("huge", 680.85), ("1b", 1234.96),
-                                              ("3b", 2720.66)])
+def millions_of(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("preset, millions", [
+    ("base", 85.60), ("large", 309.20), ("huge", 680.85), ("1b", 1234.96), ("3b", 2720.66)])
 def test_encoder_sizes_are_the_papers(preset, millions):
     with torch.device("meta"):
         model = AIMv2(Config.from_preset(preset))
-    count = sum(p.numel() for p in model.encoder.parameters())
-    assert abs(count / 1e6 - millions) < 0.005, f"{preset} has {count:,} parameters"
+    found = millions_of(model.encoder)
+    assert abs(found - millions) < 0.005, f"{preset} has {found:.3f}M parameters"
 
 
 @pytest.mark.parametrize("size, millions", [(336, 309.53), (448, 309.98)])
 def test_larger_images_only_enlarge_the_position_table(size, millions):
     with torch.device("meta"):
         model = AIMv2(Config.from_preset("large", image_size=size))
-    assert abs(sum(p.numel() for p in model.encoder.parameters()) / 1e6 - millions) < 0.005
+    assert abs(millions_of(model.encoder) - millions) < 0.005
 
 
 def test_the_native_encoder_has_no_table():
     with torch.device("meta"):
         model = AIMv2(Config.from_preset("large", positions="sincos"))
-    assert abs(sum(p.numel() for p in model.encoder.parameters()) / 1e6 - 308.94) < 0.005
+    assert abs(millions_of(model.encoder) - 308.94) < 0.005
 
 
 def test_every_preset_has_head_dim_128_and_a_decoder_of_12_x_1024():
     for name in set(PRESETS) - {"toy"}:
         config = Config.from_preset(name)
         if config.image_size >= 224:
-            assert config.embed_dim // config.num_heads == 128 and config.decoder_dim // config.decoder_heads == 128
-            assert (config.decoder_dim, config.decoder_blocks, config.decoder_mlp_hidden_dim) == (1024, 12, 2816)
+            assert config.embed_dim // config.num_heads == 128
+            assert config.decoder_dim // config.decoder_heads == 128
+            assert (config.decoder_dim, config.decoder_blocks) == (1024, 12)
+            assert config.decoder_mlp_hidden_dim == 2816
 
 
 def test_the_decoder_has_the_papers_size_at_its_vocabulary():
     with torch.device("meta"):
         model = AIMv2(Config.from_preset("large", vocab_size=32_000))
-    papers = sum(p.numel() for name, p in model.decoder.named_parameters() if not name.startswith("stats_head"))  # ours
-    assert abs(papers / 1e6 - 221) < 0.5
+    of_the_paper = millions_of(model.decoder) - millions_of(model.decoder.stats_head)
+    assert abs(of_the_paper - 221) < 0.5
 
 
-def test_rms_norm_and_its_gradient_equal_autograds():
+def test_rms_norm_and_its_gradient_follow_the_formula():
     x, weight = torch.randn(3, 5, 24, dtype=torch.float32), torch.rand(24)
     grad = torch.randn_like(x)
     ours = RMSNorm(24)
@@ -83,8 +92,10 @@ def test_attention_equals_naive_loops():
             for h in range(3):
                 part = slice(8 * h, 8 * h + 8)
                 keys = [j for j in range(7) if mask[b, 0, query, j]]
-                scores = torch.stack([(q[part] @ x[b, query]) @ (k[part] @ x[b, j]) / math.sqrt(8) for j in keys])
-                heads.append(sum(w * (v[part] @ x[b, j]) for w, j in zip(scores.softmax(0), keys, strict=True)))
+                scores = torch.stack([(q[part] @ x[b, query]) @ (k[part] @ x[b, j]) for j in keys])
+                weights = (scores / math.sqrt(8)).softmax(0)
+                values = [v[part] @ x[b, j] for j in keys]
+                heads.append(sum(w * value for w, value in zip(weights, values, strict=True)))
             close(out[b, query], attention.proj.weight @ torch.cat(heads))
 
 
@@ -119,9 +130,10 @@ def test_sincos_positions_encode_the_column_first():
 def test_a_position_table_resizes_to_itself_and_exactly_on_a_ramp():
     table = torch.randn(5 * 7, 6)
     assert torch.equal(resize_table(table, (5, 7), (5, 7)), table)
-    ramp = torch.arange(8.0).repeat(8)[:, None]  # grows by 1 a column
+    ramp = torch.arange(8.0).repeat(8)[:, None]  # grows by 1 per column
     resized = resize_table(ramp, (8, 8), (8, 16)).reshape(8, 16)
-    close(resized[:, 4:12], ((torch.arange(16.0) + 0.5) / 2 - 0.5)[4:12].expand(8, 8), 1e-5)
+    expected = (torch.arange(16.0) + 0.5) / 2 - 0.5  # new place k is old place (k + 0.5) / 2 - 0.5
+    close(resized[:, 4:12], expected[4:12].expand(8, 8), 1e-5)  # away from the border
 
 
 def test_padding_changes_nothing():
@@ -129,13 +141,14 @@ def test_padding_changes_nothing():
     both = random_batch(model.config, size=2, num_tokens=(7, 4), grids=[(3, 4), (5, 5)])
     prefix_len = torch.tensor([5, 9])
     padded = model(both, prefix_len)
-    features = model.encoder(pixels_to_float(both.patches, (0.5,) * 3, (0.5,) * 3), both.grid)
+    features = model.encoder(both.patches, both.grid)
     alone = []
     for b, n in enumerate((12, 25)):
-        one = type(both)(both.patches[b : b + 1, :n], both.grid[b : b + 1], both.tokens[b : b + 1], both.num_tokens[b : b + 1],
-                         slice(0, 1), 1)
-        alone.append(model(one, prefix_len[b : b + 1]))
-        close(features[b, :n], model.encoder(pixels_to_float(one.patches, (0.5,) * 3, (0.5,) * 3), one.grid)[0])
+        here = slice(b, b + 1)
+        one = Batch(both.patches[here, :n], both.grid[here], both.tokens[here],
+                    both.num_tokens[here], slice(0, 1), 1)
+        alone.append(model(one, prefix_len[here]))
+        close(features[b, :n], model.encoder(one.patches, one.grid)[0])
     for name in ("image_sum", "image_count", "text_sum", "text_count", "stats_sum"):
         close(getattr(padded, name), sum(getattr(one, name) for one in alone), 1e-3)
 
@@ -145,19 +158,22 @@ def test_image_and_text_touch_and_the_decoder_is_causal():
     batch = random_batch(model.config, size=2, num_tokens=(7, 4), grids=[(3, 4), (5, 5)])
     features = torch.randn(2, 25, 24)
     _, states = model.decoder(features, batch.grid.prod(dim=1), batch.tokens)
-    x = torch.cat([model.decoder.connector(features[:1, :12]), model.decoder.embed_text(batch.tokens[:1])], dim=1)
+    image = model.decoder.connector(features[:1, :12])
+    x = torch.cat([image, model.decoder.embed_text(batch.tokens[:1])], dim=1)
     close(states[0], model.decoder.trunk(x, causal=True)[0, 12:])
     changed = batch.tokens.clone()
     changed[:, 3] = (changed[:, 3] + 1) % model.config.vocab_size
     _, later = model.decoder(features, batch.grid.prod(dim=1), changed)
-    assert torch.equal(states[:, :4], later[:, :4]) and not torch.allclose(states[:, 4], later[:, 4])
+    assert torch.equal(states[:, :4], later[:, :4])
+    assert not torch.allclose(states[:, 4], later[:, 4])
 
 
 def test_step_zero_losses_are_chance():
     torch.manual_seed(0)
     config = tiny_config(decoder_dim=128, embed_dim=96, decoder_blocks=6)
     losses = AIMv2(config)(random_batch(config), torch.tensor([3, 8, 2]))
-    text, image = (losses.text_sum / losses.text_count).item(), (losses.image_sum / losses.image_count).item()
+    text = (losses.text_sum / losses.text_count).item()
+    image = (losses.image_sum / losses.image_count).item()
     assert abs(text - math.log(config.vocab_size)) < 0.25, text
     assert 0.95 < image < 1.35, image  # 1 + the small variance of the untrained head: 1.14 here
 
@@ -172,13 +188,14 @@ def test_the_image_loss_pools_all_patches_of_the_batch():
     model = AIMv2(tiny_config())
     batch, M = random_batch(model.config), torch.tensor([24, 2, 13])
     losses = model(batch, M)
-    patches = pixels_to_float(batch.patches, model.config.pixel_mean, model.config.pixel_std)
-    features = model.encoder(patches, batch.grid, M)
+    patches = model.encoder.standardize(batch.patches)
+    features = model.encoder(batch.patches, batch.grid, M)
     states, _ = model.decoder(features, batch.grid.prod(dim=1), batch.tokens[:, :-1])
     errors = []
     for b in range(3):
         for k in range(int(M[b]), 25):
-            target = (patches[b, k] - patches[b, k].mean()) / (patches[b, k].var(correction=1) + 1e-6).sqrt()
+            patch = patches[b, k]
+            target = (patch - patch.mean()) / (patch.var(correction=1) + 1e-6).sqrt()
             errors.append((model.decoder.pixel_head(states[b, k - 1]) - target).square().mean())
     assert int(losses.image_count) == len(errors) == 1 + 23 + 12
     close(losses.image_sum / losses.image_count, torch.stack(errors).mean())
@@ -195,8 +212,9 @@ def test_the_end_token_is_trained_and_padding_is_not():
     losses = model(batch, torch.tensor([3, 8, 2]))
     (gradient,) = torch.autograd.grad(losses.text_sum, model.decoder.text_head.weight)
     assert int(losses.text_count) == 7 + 4 + 9
-    pull = gradient.abs().amax(dim=1)  # a target pulls its row of the head by a whole state, other words by their share
-    assert pull[eos] > 10 * pull[601], "EOS is a target like any word"
+    # A target pulls its row of the head by a whole state, the other rows by their probability.
+    pull = gradient.abs().amax(dim=1)
+    assert pull[eos] > 10 * pull[601], "EOS is a target like any token"
     assert pull[600] < pull[eos] / 10, "padding is not"
 
 
@@ -205,7 +223,8 @@ def test_the_statistics_head_leaves_the_papers_objective_alone():
     losses = model(random_batch(model.config), torch.tensor([3, 8, 2]))
     losses.stats_sum.backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert touched == [name for name, _ in model.named_parameters() if name.startswith("decoder.stats_head")] != []
+    own = [name for name, _ in model.named_parameters() if name.startswith("decoder.stats_head")]
+    assert touched == own != []
 
 
 def test_an_empty_target_set_is_an_error():
@@ -220,11 +239,14 @@ def test_an_empty_target_set_is_an_error():
 def test_captions_alone_and_images_alone_train_their_head_and_the_encoder():
     model = AIMv2(tiny_config())
     batch, n = random_batch(model.config), torch.full((3,), 25)
-    for alpha, text_weight, prefix_len, trained in ((0.0, 1.0, n, "text"), (0.4, 0.0, torch.tensor([3, 8, 2]), "pixel")):
+    for alpha, text_weight, prefix_len, trained in (
+            (0.0, 1.0, n, "text"), (0.4, 0.0, torch.tensor([3, 8, 2]), "pixel")):
         model.zero_grad()
         losses = model(batch, prefix_len)
-        losses.total(alpha, int(losses.image_count), int(losses.text_count), text_weight).backward()
-        heads = {head: float(getattr(model.decoder, f"{head}_head").weight.grad.abs().max()) for head in ("text", "pixel")}
+        counts = int(losses.image_count), int(losses.text_count)
+        losses.total(alpha, *counts, text_weight).backward()
+        heads = {"text": model.decoder.text_head, "pixel": model.decoder.pixel_head}
+        heads = {name: float(head.weight.grad.abs().max()) for name, head in heads.items()}
         assert heads.pop(trained) > 0 and set(heads.values()) == {0.0}, (trained, heads)
         assert float(model.encoder.proj.weight.grad.abs().max()) > 0
 
@@ -233,17 +255,18 @@ def test_raw_targets_are_the_pixels_themselves():
     model = AIMv2(tiny_config(raw_pixels=True))
     torch.nn.init.zeros_(model.decoder.pixel_head.weight)  # predicts zero
     batch, M = random_batch(model.config), torch.tensor([3, 8, 2])
-    pixels = pixels_to_float(batch.patches, model.config.pixel_mean, model.config.pixel_std)
+    pixels = model.encoder.standardize(batch.patches)
     square = sum(float(pixels[i, m:].square().mean(dim=1).sum()) for i, m in enumerate(M.tolist()))
-    assert float(model(batch, M).image_sum) == pytest.approx(square, rel=1e-5)
+    assert model(batch, M).image_sum.item() == pytest.approx(square, rel=1e-5)
 
 
 def test_a_caption_as_long_as_max_tokens_fits_where_batches_round_its_length_up():
     config = tiny_config(max_tokens=13)
     batch = random_batch(config, num_tokens=(13, 4, 9))
-    padded = replace(batch, tokens=F.pad(batch.tokens, (0, 3)))  # 16, as data.collate makes it
+    padded = replace(batch, tokens=F.pad(batch.tokens, (0, 3)))  # 16, as a collated batch has it
     model, M = AIMv2(config), torch.tensor([3, 8, 2])
-    assert float(model(padded, M).text_sum) == pytest.approx(float(model(batch, M).text_sum), rel=1e-6)
+    expected = model(batch, M).text_sum.item()
+    assert model(padded, M).text_sum.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_q_k_v_are_initialised_each_by_itself_and_heads_are_small():
@@ -252,8 +275,9 @@ def test_q_k_v_are_initialised_each_by_itself_and_heads_are_small():
     qkv = model.encoder.trunk.blocks[0].attn.qkv.weight
     bound = math.sqrt(6 / (96 + 96))
     assert bound * 0.98 < qkv.abs().max().item() <= bound
-    assert float(model.decoder.text_head.weight.std()) == pytest.approx((3 * 128) ** -0.5, rel=0.05)
-    assert float(model.decoder.text_positions.std()) == pytest.approx(0.01, rel=0.1)
+    head, positions = model.decoder.text_head.weight.detach(), model.decoder.text_positions.detach()
+    assert float(head.std()) == pytest.approx((3 * 128) ** -0.5, rel=0.05)
+    assert float(positions.std()) == pytest.approx(0.01, rel=0.1)
 
 
 def test_counted_flops_are_torchs():
@@ -264,7 +288,8 @@ def test_counted_flops_are_torchs():
     with FlopCounterMode(display=False) as counter:
         losses = model(batch, M)
         losses.total(0.4, losses.image_count, losses.text_count).backward()
-    ours = 3 * train_flops(config, 25, 9, int(losses.image_count) / 3, int(losses.text_count) / 3)
+    targets = int(losses.image_count) / 3, int(losses.text_count) / 3
+    ours = 3 * train_flops(config, 25, 9, *targets)
     assert ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
     with FlopCounterMode(display=False) as counter:
         model.encoder(torch.randn(1, 25, 48), torch.tensor([[5, 5]]))

@@ -1,16 +1,18 @@
+"""A folder of images and texts becomes shards: what is packed, skipped, refused."""
+
 import io
 import json
 import zipfile
 
 import pytest
-from conftest import run_script
+from helpers import run_script
 from PIL import Image
 
-from data.pack import in_val, key_of, pack
-from nano_aimv2.shards import Shards
+from data.pack import in_val, key_of, main, pack
+from nano_aimv2.data.shards import Shards
 
 
-def picture(size=(30, 20), kind="JPEG"):
+def encoded_image(size=(30, 20), kind="JPEG"):
     file = io.BytesIO()
     Image.new("RGB", size, (200, 30, 10)).save(file, kind)
     return file.getvalue()
@@ -21,7 +23,8 @@ def all_samples(folder):
     for split in ("train", "val"):
         if list((folder / split).glob("*.tar")):
             shards = Shards(str(folder / split))
-            found += [(shards.alt_text(i), shards.metadata(i), shards.image(i)) for i in range(len(shards))]
+            found += [(shards.alt_text(i), shards.metadata(i), shards.image(i))
+                      for i in range(len(shards))]
     return found
 
 
@@ -31,23 +34,24 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     (folder / "deep").mkdir(parents=True)
     for i in range(6):
-        (folder / f"cat {i}.jpg").write_bytes(picture())
+        (folder / f"cat {i}.jpg").write_bytes(encoded_image())
         (folder / f"cat {i}.txt").write_text(f" cat number {i}\n")
-    (folder / "deep/dog.v2.png").write_bytes(picture(kind="PNG"))
+    (folder / "deep/dog.v2.png").write_bytes(encoded_image(kind="PNG"))
     (folder / "deep/dog.v2.txt").write_bytes("café dog".encode("latin-1"))
-    (folder / "alone.jpg").write_bytes(picture())
-    (folder / "orphan.txt").write_text("no picture")
-    (folder / "blank.jpg").write_bytes(picture())
+    (folder / "alone.jpg").write_bytes(encoded_image())
+    (folder / "orphan.txt").write_text("no image")
+    (folder / "blank.jpg").write_bytes(encoded_image())
     (folder / "blank.txt").write_text("  ")
-    (folder / "broken.jpg").write_bytes(picture()[:200])
-    (folder / "broken.txt").write_text("half a picture")
+    (folder / "broken.jpg").write_bytes(encoded_image()[:200])
+    (folder / "broken.txt").write_text("half an image")
     return folder
 
 
 def test_a_folder_with_texts_is_packed_and_the_rest_is_counted(photos, tmp_path):
     manifest = pack(photos, tmp_path / "out", val=0.3)
     assert manifest["train"] + manifest["val"] == 7 and manifest["val"] > 0
-    assert manifest["skipped"] == {"no caption": 1, "caption without picture": 1, "empty caption": 1, "OSError": 1}
+    assert manifest["skipped"] == {"no caption": 1, "caption without picture": 1,
+                                   "empty caption": 1, "OSError": 1}
     assert any("broken.jpg" in line for line in manifest["skipped_names"])
     captions = {text for text, _, _ in all_samples(tmp_path / "out")}
     assert captions == {f"cat number {i}" for i in range(6)} | {"café dog"}
@@ -55,35 +59,64 @@ def test_a_folder_with_texts_is_packed_and_the_rest_is_counted(photos, tmp_path)
 
 
 def test_a_zip_with_captions_jsonl_keeps_synthetic_captions_and_labels(tmp_path):
-    rows = [{"file": f"images/{i}.jpg", "captions": [f"alt {i}", f"long {i}"], "label": i, "label_name": "x"} for i in range(4)]
-    lines = [json.dumps(row) for row in rows] + ["{broken", '{"nofile": 1}', json.dumps(rows[0]),
-                                                 '{"file": "images/gone.jpg", "caption": "a"}']
+    rows = [{"file": f"images/{i}.jpg", "captions": [f"alt {i}", f"long {i}"], "label": i,
+             "label_name": "x"} for i in range(4)]
+    lines = [json.dumps(row) for row in rows]
+    lines += ["{broken", '{"nofile": 1}', '{"file": "images/0.jpg", "captions": "not a list"}',
+              json.dumps(rows[0]), '{"file": "images/gone.jpg", "caption": "a"}']
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
         for i in range(4):
-            file.writestr(f"images/{i}.jpg", picture())
+            file.writestr(f"images/{i}.jpg", encoded_image())
         file.writestr("captions.jsonl", "\n".join(lines))
     manifest = pack(tmp_path / "p.zip", tmp_path / "out", val=0)
     assert manifest["train"] == 4
-    assert manifest["skipped"] == {"unreadable row": 2, "named twice": 1, "caption without picture": 1}
+    assert manifest["skipped"] == {"unreadable row": 3, "named twice": 1,
+                                   "caption without picture": 1}
     text, metadata, data = all_samples(tmp_path / "out")[2]
-    assert (text, metadata, data) == ("alt 2", {"synthetic": ["long 2"], "label": 2, "label_name": "x"}, picture())
+    assert metadata == {"synthetic": ["long 2"], "label": 2, "label_name": "x"}
+    assert (text, data) == ("alt 2", encoded_image())
+
+
+def test_a_damaged_member_of_a_zip_is_skipped_and_named(tmp_path):
+    path = tmp_path / "p.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("good", "damaged"):
+            file.writestr(f"{name}.jpg", encoded_image())
+            file.writestr(f"{name}.txt", name)
+        offset = file.getinfo("damaged.jpg").header_offset
+    content = bytearray(path.read_bytes())
+    content[offset + 300] ^= 255
+    path.write_bytes(content)
+    manifest = pack(path, tmp_path / "out", val=0)
+    assert manifest["train"] == 1 and manifest["skipped_names"] == ["damaged.jpg: BadZipFile"]
+
+
+def test_the_case_of_a_file_extension_does_not_matter(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/CAT.JPG").write_bytes(encoded_image())
+    (tmp_path / "in/CAT.txt").write_text("a cat")
+    manifest = pack(tmp_path / "in", tmp_path / "out", val=0)
+    assert manifest["train"] == 1 and manifest["skipped"] == {}
 
 
 def test_a_csv_outside_the_source_is_read(photos, tmp_path):
-    (tmp_path / "c.csv").write_text("file,caption,synthetic,label\ncat 1.jpg,\"a cat, sitting\",long one|long two,3\n")
+    (tmp_path / "c.csv").write_text(
+        'file,caption,synthetic,label\ncat 1.jpg,"a cat, sitting",long one|long two,3\n')
     pack(photos, tmp_path / "out", captions=str(tmp_path / "c.csv"), val=0)
     ((text, metadata, _),) = all_samples(tmp_path / "out")
-    assert text == "a cat, sitting" and metadata == {"synthetic": ["long one", "long two"], "label": 3}
+    assert text == "a cat, sitting"
+    assert metadata == {"synthetic": ["long one", "long two"], "label": 3}
 
 
-def test_pictures_are_shrunk_on_request_and_never_enlarged(tmp_path):
+def test_images_are_shrunk_on_request_and_never_enlarged(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for name, size in (("large", (90, 60)), ("small", (12, 40))):
-        (folder / f"{name}.jpg").write_bytes(picture(size))
+        (folder / f"{name}.jpg").write_bytes(encoded_image(size))
         (folder / f"{name}.txt").write_text(name)
     pack(folder, tmp_path / "out", size=30, val=0)
-    sizes = {text: Image.open(io.BytesIO(data)).size for text, _, data in all_samples(tmp_path / "out")}
+    sizes = {text: Image.open(io.BytesIO(data)).size
+             for text, _, data in all_samples(tmp_path / "out")}
     assert sizes == {"large": (45, 30), "small": (12, 40)}
 
 
@@ -105,25 +138,39 @@ def test_an_interrupted_pack_leaves_nothing_of_that_name(photos, tmp_path, monke
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("source, message", [("nowhere", "does not exist"), ("photos/alone.jpg", "neither a folder nor a zip")])
-def test_a_source_that_is_none_is_refused(photos, tmp_path, source, message):
+@pytest.mark.parametrize("source, message", [
+    ("nowhere", "does not exist"), ("photos/alone.jpg", "neither a folder nor a zip")])
+def test_a_source_that_is_neither_folder_nor_zip_is_refused(photos, tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         pack(tmp_path / source, tmp_path / "out")
 
 
 def test_nothing_to_pack_and_an_existing_folder_are_refused(photos, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/alone.jpg").write_bytes(picture())
+    (tmp_path / "empty/alone.jpg").write_bytes(encoded_image())
     with pytest.raises(ValueError, match="nothing to pack.*no caption"):
         pack(tmp_path / "empty", tmp_path / "out")
     done = run_script("data/pack.py", photos, f"--out={photos}", check=False)
     assert done.returncode != 0 and "exists: choose another --out" in done.stderr
 
 
+@pytest.mark.parametrize("argv, message", [
+    (["--out=x"], "0 folders or zips given, exactly one"),
+    (["a", "b", "--out=x"], "2 folders or zips given, exactly one"),
+    (["a"], "no --out"),
+    (["a", "--out=x", "--samples-per-shard", "0"], "samples_per_shard=0 must be at least 1"),
+    (["a", "--out=x", "--shards=3"], "unknown flag --shards")])
+def test_a_command_line_that_cannot_be_meant_is_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        main(argv)
+
+
+@pytest.mark.slow
 def test_a_packed_folder_trains_and_is_validated(photos, tmp_path, tiny_flags):
     out = run_script("data/pack.py", photos, f"--out={tmp_path}/packed", "--val=0.3").stdout
-    assert "packed" in out and "left out 4" in out
+    assert "packed" in out and "skipped 4" in out
     flags = [flag for flag in tiny_flags if not flag.startswith(("--data=", "--steps="))]
-    done = run_script("train.py", *flags, f"--data={tmp_path}/packed:alt:1", "--steps=3", f"--run={tmp_path}/run")
+    done = run_script("train.py", *flags, f"--data={tmp_path}/packed:alt:1", "--steps=3",
+                      f"--run_dir={tmp_path}/run")
     assert "val_loss_text" in done.stdout + done.stderr
     assert (tmp_path / "run/samples.png").exists()

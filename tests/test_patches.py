@@ -1,8 +1,10 @@
+"""Images to patches and back."""
+
 import numpy as np
 import pytest
 import torch
 
-from nano_aimv2.data import to_patches
+from nano_aimv2.data.batches import to_patches
 from nano_aimv2.patchify import (
     denormalize_patches,
     float_to_pixels,
@@ -37,7 +39,8 @@ def test_the_loaders_numpy_patches_equal_patchify():
 def test_normalized_patches_have_zero_mean_and_unit_unbiased_variance_and_come_back():
     patches = torch.randn(3, 5, 48) * 7 + 2
     normalized, mean, std = normalize_patches(patches)
-    assert normalized.mean(-1).abs().max() < 1e-6 and (normalized.var(-1, correction=1) - 1).abs().max() < 1e-5
+    assert normalized.mean(-1).abs().max() < 1e-6
+    assert (normalized.var(-1, correction=1) - 1).abs().max() < 1e-5
     assert torch.allclose(denormalize_patches(normalized, mean, std), patches, atol=1e-5)
 
 
@@ -60,8 +63,10 @@ def test_pixels_survive_the_float_scale():
     assert torch.equal(float_to_pixels(floats, mean, std), patches)
 
 
-@pytest.mark.parametrize("shape, message", [((1, 3, 5, 4), "5 x 4 pixels.*multiples of the patch size 2"),
-                                            ((3, 4, 4), r"\[B, 3, H, W\]")])
+@pytest.mark.parametrize("shape, message", [
+    ((1, 3, 5, 4), "5 x 4 pixels.*multiples of the patch size 2"),
+    ((3, 4, 4), r"\[B, 3, H, W\]"),
+])
 def test_images_that_do_not_fit_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         patchify(torch.zeros(shape), 2)

@@ -6,22 +6,22 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, random_batch, tiny_config
+from helpers import TINY, random_batch, tiny_config
 
-from nano_aimv2 import study
 from nano_aimv2.config import Config
+from nano_aimv2.lab import study
+from nano_aimv2.lab.study import Claim, Study
 from nano_aimv2.model import AIMv2
-from nano_aimv2.plots import study_page
-from nano_aimv2.study import Claim, Study
 
 
 def rows(metric="probe", **cells):
-    """name="arm", value: [a value a seed] -> rows at 100 samples; `arm_200` is at 200."""
+    """arm=[one value per seed] -> rows at 100 samples; `arm_200` is at 200."""
     out = []
     for name, values in cells.items():
         arm, _, samples = name.partition("_")
-        out += [{"arm": arm, "samples": int(samples or 100), "seed": seed, metric: value, "seconds": 1.0, "parameters": 5}
-                for seed, value in enumerate(values)]
+        for seed, value in enumerate(values):
+            out.append({"arm": arm, "samples": int(samples or 100), "seed": seed, metric: value,
+                        "seconds": 1.0, "parameters": 5})
     return out
 
 
@@ -56,11 +56,11 @@ def test_sample_counts_with_their_own_spread_take_satterthwaites_degrees_of_free
 @pytest.mark.parametrize("metric, a, b, verdict", [
     ("probe", [0.8, 0.81, 0.79], [0.5, 0.51, 0.49], "holds"),
     ("probe", [0.5, 0.51, 0.49], [0.8, 0.81, 0.79], "fails"),
-    ("probe", [0.5, 0.9, 0.7], [0.6, 0.7, 0.65], "cannot be told"),
-    ("probe", [0.9], [0.1], "cannot be told"),  # one seed says nothing of its spread
+    ("probe", [0.5, 0.9, 0.7], [0.6, 0.7, 0.65], "inconclusive"),
+    ("probe", [0.9], [0.1], "inconclusive"),  # one seed says nothing about the spread
     ("caption_loss", [0.5, 0.51, 0.49], [0.8, 0.81, 0.79], "holds"),  # lower is better
 ])
-def test_a_verdict_needs_an_interval_that_leaves_zero_out(metric, a, b, verdict):
+def test_a_verdict_needs_an_interval_without_zero(metric, a, b, verdict):
     claim = Claim("a beats b", metric, (("a", 100),), (("b", 100),))
     assert study.judge(claim, rows(metric, a=a, b=b))[2] == verdict
     assert study.judge(claim, rows(metric, a=a)) is None
@@ -68,17 +68,18 @@ def test_a_verdict_needs_an_interval_that_leaves_zero_out(metric, a, b, verdict)
 
 @pytest.fixture(scope="module")
 def small_study(scenes):
-    arms = {"both": {}, "captions": {"alpha": 0.0, "prefix": "full"}, "images": {"text_weight": 0.0},
-            "CLIP": {"contrastive": True}}
-    found = Study(arms, (24, 60), (Claim("both beats images", "probe", (("both", 24),), (("images", 24),)),),
-                  ("probe", "caption_loss", "image_loss"))
-    base = {**TINY, "data": f"{scenes}:synthetic:3,{scenes}:alt:1", "batch_size": 12, "warmup_steps": 2, "eval_every": 0,
-            "eval_images": 8, "save_every": 0}
+    arms = {"both": {}, "captions": {"alpha": 0.0, "prefix": "full"},
+            "images": {"text_weight": 0.0}, "CLIP": {"contrastive": True}}
+    claim = Claim("both beats images", "probe", (("both", 24),), (("images", 24),))
+    found = Study(arms, (24, 60), (claim,), ("probe", "caption_loss", "image_loss"))
+    base = {**TINY, "data": f"{scenes}:synthetic:3,{scenes}:alt:1", "batch_size": 12,
+            "warmup_steps": 2, "eval_every": 0, "eval_images": 8, "save_every": 0}
     del base["num_workers"], base["device"]
     return found, base
 
 
-def test_a_study_trains_each_arm_once_and_goes_on_where_it_stopped(small_study, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_study_trains_each_arm_once_and_resumes(small_study, tmp_path, monkeypatch):
     found, base = small_study
     path = tmp_path / "out/tiny.jsonl"
 
@@ -87,40 +88,92 @@ def test_a_study_trains_each_arm_once_and_goes_on_where_it_stopped(small_study, 
         return list(study.jobs_of(part, base, seeds, tmp_path / "runs", "cpu", (40, 30)))
 
     first = study.run_jobs(jobs(1, (24,)), path)
-    assert {row["arm"] for row in first} == set(found.arms) and len(path.read_text().splitlines()) == 4
+    assert {row["arm"] for row in first} == set(found.arms)
+    assert len(path.read_text().splitlines()) == 4
+    assert not list(tmp_path.glob("runs/*/checkpoints")), "a measured run keeps its weights only"
     by_arm = {row["arm"]: row for row in first}
     assert all(0 <= row["probe"] <= 1 and row["parameters"] > 0 for row in first)
     assert "caption_loss" in by_arm["captions"] and "image_loss" not in by_arm["captions"]
-    assert "image_loss" in by_arm["images"] and "caption_loss" not in by_arm["images"] and "caption_loss" not in by_arm["CLIP"]
+    assert "image_loss" in by_arm["images"] and "caption_loss" not in by_arm["images"]
+    assert "caption_loss" not in by_arm["CLIP"]
     assert by_arm["both"]["caption_loss"] > 1 and by_arm["both"]["train_flops"] > 0
 
     path.write_text(path.read_text() + '{"arm": "bo')  # killed in the middle of a row
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(study, "ProcessPoolExecutor",
+                        lambda *_: pytest.fail("nothing is left to do"))
     assert study.run_jobs(jobs(1, (24,)), path) == first
     monkeypatch.undo()
     found_again = study.run_jobs(jobs(1, (24, 60))[:5], path)
-    assert len(found_again) == 5 and len(study.metrics.read_metrics(path)) == 5, "the cut row spoils none that follow"
-    text = study.report(found, first)
-    assert "| both | 24 | 1 |" in text and "one seed | cannot be told" in text
+    assert len(found_again) == 5
+    assert len(study.metrics.read_metrics(path)) == 5, "the cut row spoils none that follow"
+    text = study.tables(found, first)
+    assert "| both | 24 | 1 |" in text and "one seed | inconclusive" in text
 
 
-def test_a_run_that_fails_is_named_and_stops_no_other(small_study, tmp_path):
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_does_not_stop_the_others(small_study, tmp_path):
     _, base = small_study
     part = Study({"bad": {"lr": -1.0}, "good": {}}, (24,), ())
-    with pytest.raises(RuntimeError, match="1 of 2 runs failed.*bad-24-0.*lr=-1.0 must be a number above 0"):
-        study.run_jobs(study.jobs_of(part, base, 1, tmp_path / "runs", "cpu", (40, 30)), tmp_path / "tiny.jsonl")
-    assert [json.loads(line)["arm"] for line in (tmp_path / "tiny.jsonl").read_text().splitlines()] == ["good"]
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed.*bad-24-0.*"
+                                           "lr=-1.0 must be a number above 0"):
+        study.run_jobs(study.jobs_of(part, base, 1, tmp_path / "runs", "cpu", (40, 30)),
+                       tmp_path / "tiny.jsonl")
+    lines = (tmp_path / "tiny.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arm"] for line in lines] == ["good"]
+
+
+def test_the_command_writes_table_and_figure_and_ends_a_failed_run_in_one_line(
+        tmp_path, monkeypatch, capsys):
+    def run_jobs(jobs, path, at_once):
+        assert [job.seed for job in jobs][::10] == [0, 1] and at_once == 3
+        return rows(AIMv2_20000=[0.5, 0.6], CLIP_20000=[0.3, 0.2])
+
+    flags = ["objective", "--seeds=2", "--jobs", "3", f"--out={tmp_path}", "--data=tests:alt:1"]
+    monkeypatch.setattr(study, "run_jobs", run_jobs)
+    study.main(flags)
+    table = (tmp_path / "toy-objective.md").read_text()
+    assert "| AIMv2 | 20,000 | 2 | 0.550 ± 0.215 |  | 0.00M | 1 s |" in table
+    assert "AIMv2 beats CLIP | probe | +0.300 [-0.004 +0.604] | inconclusive |" in table
+    assert table in capsys.readouterr().out and (tmp_path / "toy-objective.png").exists()
+
+    def fail(*_):
+        raise RuntimeError("1 of 2 runs failed")
+
+    monkeypatch.setattr(study, "run_jobs", fail)
+    with pytest.raises(ValueError, match="1 of 2 runs failed"):  # run_command prints it as one line
+        study.main(flags)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["objective", "--samples=many"], "--samples=many must be whole numbers"),
     (["objective", "--samples=20000,31"], "31 samples are not one step of 32"),
     (["objective", "--seeds=0"], "seeds=0 must be at least 1"),
-    (["objective", "--data=nowhere:alt:1"], "nowhere does not exist: pack labelled pictures"),
+    (["objective", "--data=nowhere:alt:1"], "nowhere does not exist: pack labelled images"),
+    ([], "name one study: scaling, objective, ablations"),
+    (["objectiv"], r"must be one of .* \(did you mean objective\?\)"),
+    (["scaling", "--preset=large"], "preset='large' must be one of toy, photos"),
 ])
 def test_a_wrong_flag_is_refused_before_anything_is_trained(flags, message):
     with pytest.raises(ValueError, match=message):
         study.main(flags)
+
+
+def test_the_toy_set_of_the_studies_is_drawn_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(study.PROBED, "toy", (40, 30))
+    monkeypatch.setattr(study.subprocess, "run", lambda words: started.append(words) or result)
+    started, result = [], study.subprocess.CompletedProcess([], 0)
+    study.prepare_data(f"{study.TOY_SET}:alt:1")
+    assert started[0][2:] == ["--out=data/scenes_study", "--val=30"]
+    result.returncode = 1
+    with pytest.raises(ValueError, match="could not draw data/scenes_study"):
+        study.prepare_data(study.BASES["toy"]["data"])
+
+
+def test_a_package_without_the_scripts_asks_for_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="no train.py.*run it from a clone"):
+        study.main(["objective"])
 
 
 def test_caption_loss_is_of_images_seen_whole():
@@ -130,8 +183,15 @@ def test_caption_loss_is_of_images_seen_whole():
     assert study.caption_loss(model, [batch, batch], "cpu") == pytest.approx(2 * whole, rel=1e-5)
 
 
-def test_figures_are_drawn_for_curves_and_for_dots(tmp_path):
-    curves = {"loss": {("a", 10): (1.0, 0.1), ("a", 20): (0.5, math.inf), ("b", 10): (2.0, 0.2)}}
-    study_page(curves, {("a", 10): 1e9, ("a", 20): 2e9, ("b", 10): 3e9}, tmp_path / "curves.png")
-    study_page({"top-1": {("a", 10): (0.3, 0.1), ("b", 10): (0.4, 0.1)}}, None, tmp_path / "dots.png")
-    assert (tmp_path / "curves.png").stat().st_size > 5_000 and (tmp_path / "dots.png").stat().st_size > 5_000
+def test_the_committed_tables_follow_from_the_rows_and_the_rows_belong_to_the_studies():
+    folder = study.ROOT / "lessons/studies"
+    tables = sorted(path for path in folder.glob("*.md") if path.stem != "README")
+    assert len(tables) == 5
+    for path in tables:
+        preset, name = path.stem.split("-")
+        found = study.metrics.read_metrics(path.with_suffix(".jsonl"))
+        text = path.read_text(encoding="utf-8")
+        assert study.tables(study.STUDIES[name], found) == text, path
+        jobs = study.jobs_of(study.STUDIES[name], study.BASES[preset], 3, "runs", "cpu", ())
+        keys = {study.run_key(**vars(job)) for job in jobs}
+        assert {study.run_key(**row) for row in found} <= keys, f"{path}: would be trained again"

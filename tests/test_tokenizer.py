@@ -1,8 +1,14 @@
+"""Text to token ids and back, with the shipped vocabulary and with others."""
+
+import base64
+
 import pytest
+import requests
+import tiktoken
 
-from nano_aimv2.tokenizer import Tokenizer, pad_tokens
+from nano_aimv2.data.tokenizer import Tokenizer, find_file, pad_tokens
 
-TOY = "data/toy.tiktoken"
+TOY = "toy.tiktoken"
 
 
 @pytest.mark.parametrize("text", [
@@ -17,8 +23,8 @@ def test_any_text_round_trips_and_ends(text):
 
 
 def test_toy_words_are_single_tokens():
-    tokenizer = Tokenizer(TOY)
-    assert len(tokenizer.encode("top left a large red star, bottom right a small blue ring", 99)) == 14
+    caption = "top left a large red star, bottom right a small blue ring"
+    assert len(Tokenizer(TOY).encode(caption, 99)) == 14
 
 
 def test_a_long_caption_is_cut_and_has_no_end():
@@ -34,15 +40,12 @@ def test_an_empty_caption_is_refused(text):
         Tokenizer(TOY).encode(text, 32)
 
 
-def test_padded_vocabulary_ids_are_no_text():
+def test_ids_of_the_padded_vocabulary_are_not_decoded():
     tokenizer = Tokenizer(TOY)
     assert tokenizer.decode([tokenizer.encode("red", 5)[0], 9999, tokenizer.eos, 65]) == "red"
 
 
-def test_an_encoding_that_must_be_downloaded_and_cannot_be_says_how(monkeypatch, tmp_path):
-    import requests
-    import tiktoken
-
+def test_an_encoding_that_must_be_downloaded_and_cannot_be_says_how(monkeypatch):
     def no_network(*_args, **_kwargs):
         raise requests.exceptions.ConnectionError("no route")
 
@@ -56,7 +59,8 @@ def test_an_unknown_name_lists_the_known_ones():
         Tokenizer("gpt3")
 
 
-@pytest.mark.parametrize("content, message", [("not a rank file\n", "line 1"), ("YQ== 0\n", "256 single bytes")])
+@pytest.mark.parametrize("content, message", [
+    ("not a rank file\n", "line 1"), ("YQ== 0\n", "256 single bytes")])
 def test_a_damaged_rank_file_is_named(tmp_path, content, message):
     path = tmp_path / "broken.tiktoken"
     path.write_text(content)
@@ -77,20 +81,26 @@ def test_the_trainer_learns_the_frequent_words_and_refuses_too_little_text(tmp_p
     assert len(ranks) == 266 and b" star" in ranks
     write_ranks(ranks, tmp_path / "own.tiktoken")
     tokenizer = Tokenizer(tmp_path / "own.tiktoken")
-    assert tokenizer.vocab_size == 267 and tokenizer.decode(tokenizer.encode("a star ☆", 99)) == "a star ☆"
-    with pytest.raises(ValueError, match="bring more text"):
+    assert tokenizer.vocab_size == 267
+    assert tokenizer.decode(tokenizer.encode("a star ☆", 99)) == "a star ☆"
+    with pytest.raises(ValueError, match="only enough for 257: give more text"):
         train_bpe("ab", 300)
+
+
+@pytest.mark.parametrize("argv", [["--size=300"], ["--text=captions.txt"]])
+def test_another_vocabulary_does_not_replace_the_shipped_one(argv):
+    from data.train_tokenizer import main
+
+    with pytest.raises(ValueError, match="must not replace the shipped one"):
+        main(argv)
 
 
 def test_the_shipped_vocabulary_is_what_its_script_makes():
     from data.train_tokenizer import toy_corpus, train_bpe
-    from nano_aimv2.tokenizer import find_file
 
     learned = train_bpe(toy_corpus(), 767)
     shipped = find_file(TOY).read_text().splitlines()
     assert len(learned) == len(shipped)
-    # the plain English comes with Python and differs a little between its versions
-    import base64
-
+    # The plain English comes with Python and differs a little between its versions
     same = {base64.b64decode(line.split()[0]) for line in shipped} & set(learned)
     assert len(same) > 700, len(same)

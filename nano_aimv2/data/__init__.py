@@ -1,0 +1,1 @@
+"""Data: from tar shards, tokenizers and image files to the batch of a step. Feeds the method."""

@@ -1,0 +1,146 @@
+"""Mixture: which sample each row of a run is, by arithmetic instead of shuffling.
+
+- A *mixture* of sources is dealt in rounds of 1,000 rows. Each round has every source's exact
+  share, shuffled.
+- Row i of a source is entry i of its *epochs*: seeded permutations of all its samples, evaluated
+  one index at a time. Nothing is shuffled in memory, and every sample comes once per epoch.
+
+Pipeline: shards -> **(source, sample) of each row** -> batches. Source: paper Table 2. Lesson: 07.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from nano_aimv2.data.shards import Shards
+
+ROUND = 1000  # rows in which every source gets its exact share
+KINDS = ("alt", "synthetic")
+
+
+@dataclass
+class Source:
+    """One part of a mixture: `shards` read for captions of `kind`, with `weight`."""
+
+    path: str
+    kind: str
+    weight: float
+    shards: Shards = None
+
+
+def parse_mixture(text):
+    """'path:kind:weight,path:kind:weight' -> [Source], weights scaled to sum to 1.
+
+    Kind (alt) and weight (1) may be left out. Raises ValueError naming the part that is wrong.
+    """
+    sources = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        path, *rest = part.rsplit(":", 2)
+        if len(rest) == 1 and rest[0] not in KINDS:
+            raise ValueError(f"data part {part!r}: caption kind {rest[0]!r} must be one of "
+                             f"{', '.join(KINDS)}; write path:kind:weight")
+        kind, weight = (rest + ["alt", "1"][len(rest):])[:2]
+        try:
+            weight = float(weight)
+        except ValueError:
+            raise ValueError(f"data part {part!r}: weight {weight!r} must be a number above "
+                             "0") from None
+        if kind not in KINDS or not 0 < weight < float("inf"):
+            raise ValueError(f"data part {part!r}: write path:kind:weight, kind one of "
+                             f"{', '.join(KINDS)} and weight above 0")
+        sources.append(Source(path, kind, weight))
+    if not sources:
+        raise ValueError(f"data={text!r} names no source; write --data=path:kind:weight,...")
+    total = sum(source.weight for source in sources)
+    return [replace(source, weight=source.weight / total) for source in sources]
+
+
+def largest_source(text):
+    """The Source of a mixture with the largest weight, its shards not opened."""
+    return max(parse_mixture(text), key=lambda source: source.weight)
+
+
+def open_sources(text, split="train"):
+    """A mixture with its shards opened. A folder with a subfolder `split` (as data/pack.py writes)
+    stands for that subfolder."""
+    opened, sources = {}, []
+    for source in parse_mixture(text):
+        inside = Path(source.path) / split
+        path = str(inside) if inside.is_dir() else source.path
+        if path not in opened:
+            opened[path] = Shards(path)
+        sources.append(replace(source, path=path, shards=opened[path]))
+    return sources
+
+
+def deal(sources, seed, rows):
+    """Which source each row reads, and its index within the source.
+
+    Args: rows: i64[R], rows of the run, counted from step 0.
+    Returns: (source i64[R], index within the source i64[R], counted from the run's start).
+    """
+    counts = round_counts(sources)
+    source, index = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
+    for r in np.unique(rows // ROUND):
+        rng = np.random.default_rng([seed, 1, r])
+        # The round's shuffle order: the source of each of its rows
+        order = rng.permutation(np.repeat(np.arange(len(sources)), counts))
+        offset = np.empty(ROUND, dtype=np.int64)  # index within the source, from the round's start
+        for k, count in enumerate(counts):
+            offset[order == k] = np.arange(count)
+        here = rows // ROUND == r
+        source[here] = order[rows[here] % ROUND]
+        index[here] = offset[rows[here] % ROUND] + r * counts[source[here]]
+    return source, index
+
+
+def round_counts(sources):
+    """Rows of each source in a round of ROUND, i64[sources], at least 1 each."""
+    shares = np.array([source.weight for source in sources]) * ROUND
+    counts = np.maximum(np.floor(shares).astype(int), 1)
+    for k in np.argsort(counts - shares)[: max(0, ROUND - counts.sum())]:
+        counts[k] += 1  # the largest remainders round up
+    counts[np.argmax(counts)] += ROUND - counts.sum()
+    return counts
+
+
+def permuted(i, size, key):
+    """Entry i of a seeded permutation of range(size), without making the permutation.
+
+    A Feistel network of four rounds permutes the next power of four; an index that lands outside
+    range(size) is permuted again.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for feistel_round in range(4):
+            mixed = (right * 0x9E3779B1 + key + feistel_round * 0x85EBCA77) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32) & mask
+        i = left << half | right
+        if i < size:
+            return i
+
+
+def sample_of(sources, seed, k, index):
+    """The sample, within the shards of source k, that the source's row `index` reads."""
+    size = len(sources[k].shards)
+    epoch, position = divmod(index, size)
+    key = np.random.SeedSequence([seed, 3, k, epoch]).generate_state(1, np.uint64)[0]
+    return permuted(position, size, int(key))
+
+
+def pick_caption(source, sample, rng=None):
+    """The caption of a sample: its alt-text, or a synthetic one (the first one without `rng`).
+
+    Raises: ValueError if the sample has no caption of the source's kind.
+    """
+    if source.kind == "alt":
+        return source.shards.alt_text(sample)
+    captions = source.shards.metadata(sample).get("synthetic") or []
+    captions = [captions] if isinstance(captions, str) else captions
+    if not captions:
+        raise ValueError("no synthetic caption in its .json")
+    return captions[int(rng.integers(len(captions))) if rng else 0]

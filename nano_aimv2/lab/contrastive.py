@@ -1,0 +1,260 @@
+"""Contrastive: CLIP, the baseline for AIMv2. Which caption of the batch belongs to which image?
+
+    python -m nano_aimv2.lab.contrastive --preset=toy --run_dir=runs/toy-clip
+    model, config, tokenizer = load_model("runs/toy-clip", kind=CLIP)
+
+Two towers turn an image and a caption into one vector of unit length each. In a batch of B pairs,
+all B x B dot products times a scale (1 / temperature) are logits. Each image must find its caption
+among the B captions, and each caption its image among the B images:
+
+    B = 4, captions "dog" "cat" "dog" "car"    x  right answer, one per row and column
+       text      0  1  2  3                    .  negative
+    image 0      x  .  -  .                    -  the same caption again: left out of the loss
+          1      .  x  .  .
+          2      -  .  x  .                    loss = (cross-entropy of rows + of columns) / 2
+          3      .  .  .  x
+
+Pairs with equal captions, token for token, are not negatives of each other. With captions that all
+differ this is CLIP's loss. The encoder is AIMv2's, bidirectional; the text tower has the shape of
+AIMv2's decoder. Flags, data, optimizer and schedule are train.py's, so step k sees the same samples
+as there.
+
+The loss needs its whole batch in one place: one process, no micro-batches. Runs take minutes, so
+there are no checkpoints: an interrupted run starts again from step 0, and a finished one is left as
+it is. The run folder (without --run_dir: runs/PRESET-clip) holds config.json, the tokenizer,
+metrics.jsonl and model.safetensors. The data must exist already; train.py draws the toy scenes.
+
+Pipeline: images, captions -> **two vectors** -> loss. Source: CLIP (arXiv 2103.00020); AIMv2
+paper, Table 9b.
+"""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nano_aimv2.config import Config, presets_text
+from nano_aimv2.data.batches import TrainingData, describe, make_loader
+from nano_aimv2.data.tokenizer import tokenizer_of
+from nano_aimv2.encoder import Encoder
+from nano_aimv2.flags import read_flags, run_command
+from nano_aimv2.layers import Trunk, init_linear_layers
+from nano_aimv2.losses import text_targets
+from nano_aimv2.training import checkpoint, distributed
+from nano_aimv2.training.evaluate import describe_held_out, held_out_sets
+from nano_aimv2.training.metrics import FiniteCheck, Progress
+from nano_aimv2.training.optim import lr_at, make_optimizer, set_lr
+
+TEMPERATURE = 0.07  # at the start; it is learned
+MAX_SCALE = 100.0
+
+
+def comparison_mask(tokens, num_tokens):
+    """Which texts each image is compared with: its own, and all whose captions differ from it.
+
+    Args: tokens: i64[B, T]; num_tokens: i64[B], ids that count; what follows them is ignored.
+    Returns: bool[B, B], symmetric, True on the diagonal.
+    """
+    tokens = text_targets(tokens, num_tokens)  # equal captions are equal rows
+    _, caption = tokens.unique(dim=0, return_inverse=True)  # i64[B]: equal number, equal caption
+    is_own = torch.eye(len(caption), dtype=torch.bool, device=caption.device)
+    return (caption[:, None] != caption) | is_own
+
+
+def contrastive_loss(images, texts, scale, is_compared):
+    """Symmetric cross-entropy in nats.
+
+    Args:
+        images, texts: f32[B, D] of unit length, one pair per row.
+        scale: a number above 0.
+        is_compared: bool[B, B], of `comparison_mask`.
+    Returns: f32[]; ln B for an untrained model, if all captions differ.
+    """
+    logits = scale * images @ texts.T  # [B, B], rows: images
+    logits = logits.masked_fill(~is_compared, float("-inf"))
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+class CLIP(nn.Module):
+    """`CLIP(config)`; `.encoder` is what you keep. The vectors have D = `decoder_dim` values."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.decoder_dim
+        self.encoder = Encoder(config)
+        self.token_embed = nn.Embedding(config.vocab_size, D)
+        self.text_positions = nn.Parameter(torch.empty(config.max_tokens, D))
+        self.text_trunk = Trunk(D, config.decoder_blocks, config.decoder_heads,
+                                config.decoder_mlp_hidden_dim, config.recompute)
+        self.image_proj = nn.Linear(config.embed_dim, D, bias=False)
+        self.text_proj = nn.Linear(D, D, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        init_linear_layers(self)
+        nn.init.normal_(self.text_positions, std=0.01)  # tables as in AIMv2
+        nn.init.normal_(self.token_embed.weight, std=0.02)
+
+    def image_vectors(self, patches, grid):
+        """patches u8[B, A, P], grid i64[B, 2] -> f32[B, D] of unit length.
+
+        The features of the valid patches are averaged. Unlike pooling by attention this has no
+        weights, so everything that is learned must be in the features.
+        """
+        num_patches = grid.prod(dim=1)[:, None]  # n, [B, 1]
+        features = self.encoder(patches, grid).float()  # [B, A, De]
+        is_padding = torch.arange(features.shape[1], device=grid.device) >= num_patches  # [B, A]
+        mean = features.masked_fill(is_padding[..., None], 0).sum(dim=1) / num_patches  # [B, De]
+        return F.normalize(self.image_proj(mean).float(), dim=-1)
+
+    def text_vectors(self, tokens, num_tokens):
+        """tokens i64[B, T], num_tokens i64[B], EOS included -> f32[B, D] of unit length.
+
+        The state at EOS, which has read the whole caption (a caption that was cut has no EOS: the
+        state at its last token).
+        """
+        tokens = tokens[:, : self.config.max_tokens]  # batches round T up; the rest is padding
+        x = self.token_embed(tokens) + self.text_positions[: tokens.shape[1]]
+        x = self.text_trunk(x, causal=True)  # f[B, T, D]
+        last = x[torch.arange(len(x), device=x.device), num_tokens - 1]
+        return F.normalize(self.text_proj(last).float(), dim=-1)
+
+    def forward(self, batch):
+        """Batch -> (image vectors, text vectors), f32[B, D] each."""
+        return (self.image_vectors(batch.patches, batch.grid),
+                self.text_vectors(batch.tokens, batch.num_tokens))
+
+
+def train_step(model, optimizer, batch, clip_grad, runtime):
+    """One step on a batch that is on the device already.
+
+    Returns: (loss, gradient norm before clipping), tensors on the device.
+    """
+    with runtime.autocast():
+        images, texts = model(batch)
+    is_compared = comparison_mask(batch.tokens, batch.num_tokens)
+    loss = contrastive_loss(images, texts, model.log_scale.exp(), is_compared)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.log_scale.clamp_(max=math.log(MAX_SCALE))
+    return loss.detach(), grad_norm
+
+
+@torch.no_grad()
+def retrieval_scores(model, evaluation, runtime):
+    """Held-out loss, and how often an image finds its caption (or an equal one) within its batch.
+
+    Both depend on the number of captions to choose from, so a smaller last batch is left out.
+    Returns: {"val_loss", "val_retrieval" (top-1), "val_batch" (pairs per batch)}.
+    """
+    size = len(evaluation.batches[0].patches)
+    losses, is_right = [], []
+    for batch in evaluation.batches:
+        if len(batch.patches) < size:
+            continue
+        batch = batch.to(runtime.device)
+        with runtime.autocast():
+            images, texts = model(batch)
+        is_compared = comparison_mask(batch.tokens, batch.num_tokens)
+        losses.append(contrastive_loss(images, texts, model.log_scale.exp(), is_compared))
+        similarity = (images @ texts.T).masked_fill(~is_compared, float("-inf"))
+        is_right.append(similarity.argmax(dim=1) == torch.arange(size, device=similarity.device))
+    return {"val_loss": float(torch.stack(losses).mean()),
+            "val_retrieval": float(torch.cat(is_right).float().mean()), "val_batch": size}
+
+
+def read_config(argv):
+    """train.py's flags -> Config. Raises ValueError for settings that do not suit this loss."""
+    [given] = read_flags(argv, Config, doc=__doc__, epilog=presets_text())
+    config = Config.from_preset(**given)
+    if not given.get("run_dir"):
+        config = replace(config, run_dir=f"{config.run_dir}-clip")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        raise ValueError(f"{world} processes: the contrastive baseline trains in one; start it "
+                         "without torchrun")
+    if config.grad_accum > 1:
+        raise ValueError(f"grad_accum={config.grad_accum}: a contrastive loss needs its whole "
+                         "batch at once; use --grad_accum=1")
+    if config.batch_size < 2:
+        raise ValueError(f"batch_size={config.batch_size}: a contrastive loss compares pairs with "
+                         "each other; use at least --batch_size=2")
+    if config.init:
+        raise ValueError(f"init={config.init!r}: the contrastive baseline starts from random "
+                         "weights; leave --init out")
+    return config
+
+
+def is_finished(config):
+    """Whether the run folder holds this run, finished. Raises ValueError if it holds another."""
+    folder = Path(config.run_dir)
+    if (folder / "checkpoints").exists():
+        raise ValueError(f"run folder {folder} holds a run of train.py: choose another --run_dir")
+    if not (folder / "model.safetensors").exists():
+        return False
+    checkpoint.claim_run(config)
+    checkpoint.load_model(folder, kind=CLIP)
+    return True
+
+
+def main(argv):
+    # Settings
+    config = read_config(argv)
+    runtime = distributed.start(config.device, config.dtype, "none", config.compile)
+    if runtime.dtype == torch.float16:
+        raise ValueError("dtype=float16 would need a loss scaler, which the contrastive baseline "
+                         "does not have: use --dtype=float32")
+    if is_finished(config):
+        print(f"{config.run_dir} is finished: nothing to train; delete the folder to start again")
+        return
+
+    # Data
+    tokenizer = tokenizer_of(config)
+    data = TrainingData(config, tokenizer)
+    held_out = held_out_sets(config, tokenizer, config.eval_images)
+    for line in (*describe(data), *describe_held_out(held_out)):
+        print(line)
+
+    # Model and optimizer
+    torch.manual_seed(config.seed)
+    checkpoint.begin_run(config, tokenizer, runtime)
+    model = distributed.parallelize(CLIP(config), runtime)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{config.run_dir}: {parameters:,} parameters on {runtime.device.type}, step 0 of "
+          f"{config.steps}")
+
+    # The loop
+    progress, finite = Progress(config, runtime, 0, flops=None), FiniteCheck(data)
+    loader = make_loader(data, 0, config.num_workers, runtime.is_cuda)
+    for step in range(config.steps):
+        [batch] = progress.wait_for([next(loader)])
+        lr = lr_at(step, config.lr, config.min_lr, config.warmup_steps, config.steps)
+        set_lr(optimizer, lr)
+        loss, grad_norm = train_step(
+            model, optimizer, batch.to(runtime.device), config.clip_grad, runtime)
+        finite.add(step, loss=loss, gradient_norm=grad_norm)
+        progress.step(step, [batch], lr, grad_norm, lambda: {"loss": float(loss)})
+        done = step + 1
+        if done == config.steps or (config.eval_every and done % config.eval_every == 0):
+            finite.read()
+            row = {}
+            for split, evaluation in held_out.items():
+                suffix = "" if split == "val" else f"_{split}"
+                scores = retrieval_scores(model, evaluation, runtime)
+                row |= {name + suffix: value for name, value in scores.items()}
+            if row:
+                progress.evaluation(done, row)
+    progress.close()
+    checkpoint.save_model(config.run_dir, model, runtime)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""Training: optimizer, processes, checkpoints, metrics, evaluation. Runs the method."""

@@ -1,0 +1,46 @@
+"""Optimizer: AdamW on two groups, and the learning rate as a pure function of the step.
+
+The paper's weight decay is *fully decoupled*: w -= (lr_t / lr_peak) * weight_decay * w. torch's
+AdamW multiplies by lr_t instead, so it gets weight_decay / lr_peak: 0.1, not 1e-4, at a peak of
+1e-3. Biases, norms, position tables and BOS are not decayed; embeddings and heads are.
+
+Source: paper Table A1. Lesson: 08.
+"""
+
+import math
+
+import torch
+
+
+def lr_at(step, lr, min_lr, warmup_steps, steps):
+    """Learning rate of step 0, 1, ..: linear warm-up to `lr`, then half a cosine to `min_lr`."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def is_decayed(name, parameter):
+    """Matrices are decayed; vectors (biases, norms, BOS) and the position tables are not."""
+    return parameter.ndim >= 2 and "positions" not in name
+
+
+def make_optimizer(model, lr, weight_decay, betas):
+    """AdamW over the model's parameters, with `weight_decay` in the paper's sense (see above)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if is_decayed(name, p)]
+    others = [p for name, p in named if not is_decayed(name, p)]
+    groups = [{"params": decayed, "weight_decay": weight_decay / lr},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+
+
+def clipped_parameters(model):
+    """The parameters whose gradient norm is clipped: those of the paper's objective, without our
+    statistics head, which must not change it."""
+    return [p for name, p in model.named_parameters() if "stats_head" not in name]
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
