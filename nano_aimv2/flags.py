@@ -62,13 +62,16 @@ def read_flags(argv, *kinds, doc="", words=None, epilog=None):
     notes = {name: note for kind in kinds for name, note in field_notes(kind).items()}
     group = parser.add_argument_group("settings (shown: their defaults)")
     for field in fields:
-        # --joint is --joint=true
-        bare = {"nargs": "?", "const": "true"} if field.type is bool else {}
         group.add_argument(f"--{field.name}", metavar=as_text(field.default),
-                           help=notes.get(field.name, "").replace("%", "%%"), **bare)
-    normal = [re.sub(r"^--[^=]+", lambda key: "--" + key[0][2:].replace("-", "_"), w) for w in argv]
-    texts, rest = parser.parse_known_args(normal)
+                           help=notes.get(field.name, "").replace("%", "%%"))
     types = {field.name: field.type for field in fields}
+    given = [re.sub(r"^--[^=]+", lambda key: "--" + key[0][2:].replace("-", "_"), w) for w in argv]
+    for i, word in enumerate(given):  # --joint is --joint=true: the next word may be a file
+        value = "".join(given[i + 1 : i + 2]).lower()
+        is_alone = not value or value.startswith("--") or (words and value not in ("true", "false"))
+        if types.get(word[2:]) is bool and is_alone:
+            given[i] += "=true"
+    texts, rest = parser.parse_known_args(given)
     given = {name: parse(name, text, types[name]) for name, text in vars(texts).items()}
     for word in rest:
         if word.startswith("--"):

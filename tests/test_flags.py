@@ -47,6 +47,14 @@ def test_a_value_follows_an_equals_sign_or_a_blank_and_dashes_are_underscores(ar
     assert read(*argv) == {"steps": 7, "run_dir": "runs/a"}
 
 
+def test_a_bare_boolean_is_true_and_leaves_the_files_behind_it_alone():
+    for argv in (["--flip", "cat.png"], ["cat.png", "--flip"], ["--flip", "True", "cat.png"]):
+        given, more = read_flags(argv, Options, More, words="files")
+        assert given == {"flip": True} and more == {"files": ["cat.png"]}, argv
+    assert read("--flip", "--steps=2") == {"flip": True, "steps": 2}
+    assert read("--flip", "False") == {"flip": False}
+
+
 def test_only_what_was_given_is_returned():
     assert read() == {}
     assert Options(**read("--rate=1")) == Options(rate=1.0)

@@ -1,10 +1,10 @@
 """Batches: the batch of a step, as a pure function of (seed, step).
 
 Which samples, which of their captions, which crop, which native area: each is computed from the
-    address (seed, step, row of the global batch). So a run resumes by asking for the next step; one
-    process or sixty-four, with any number of data workers, see the same global batch; and no loader
-    has a state that could be lost. A sample that cannot be read is named, counted and replaced by
-    another of its source: the batch stays full.
+address (seed, step, row of the global batch). So a run resumes by asking for the next step; one
+process or sixty-four, with any number of data workers, see the same global batch; and no loader
+has a state that could be lost. A sample that cannot be read is named, counted and replaced by
+another of its source: the batch stays full.
 
 Pipeline: shards, mixture -> **Batch** -> encoder and decoder. Source: paper Table A1 (crops).
 Lesson: 07.
@@ -159,7 +159,7 @@ def evaluation_pixels(image, config):
     """The evaluation view of a PIL image -> u8[H, W, 3], both sides multiples of the patch size.
 
     Fixed resolution: the centre square, scaled to image_size. Native: the whole image at its own
-        aspect ratio, on the grid that best fills the area of such a square.
+    aspect ratio, on the grid that best fills the area of such a square.
     """
     if not config.native_area:
         square = im.centre_box(*im.upright_size(image), 1.0)
@@ -235,7 +235,7 @@ def make_loader(data, first, num_workers, pin):
         nothing is copied between processes; pin: into pinned memory, for a GPU.
 
     What a batch holds is decided by its number alone: readers have no state, and their number
-        changes nothing.
+    changes nothing.
     """
     if num_workers == 0:
         return read_in_thread(data, first, pin)

@@ -113,7 +113,7 @@ def load_index(path):
     """The index of a tar, from its index file or made now: i64[1 + samples, 6].
 
     Row 0: tar size, tar mtime in ns, then counts of REASONS. Other rows: offset and size of image,
-        text and json (0: absent).
+    text and json (0: absent).
     """
     status = os.stat(path)
     saved = f"{path}.v{VERSION}.idx.npy"

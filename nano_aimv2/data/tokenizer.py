@@ -1,9 +1,9 @@
 """Tokenizer: text to ids and back, by tiktoken.
 
 Three sources: the small vocabulary shipped as `toy.tiktoken` in this folder, a rank file of your
-    own, or any encoding that tiktoken knows (`gpt2`, `cl100k_base`, ...; downloaded at first use).
-    Byte-level, so any text round-trips. One special id, the end token EOS, closes every caption and
-    is trained. Padding has no token: padded positions are left out of the loss. BOS is a learned
+own, or any encoding that tiktoken knows (`gpt2`, `cl100k_base`, ...; downloaded at first use).
+Byte-level, so any text round-trips. One special id, the end token EOS, closes every caption and
+is trained. Padding has no token: padded positions are left out of the loss. BOS is a learned
     vector of the decoder, not an id.
 
 Pipeline: caption -> **ids, EOS** -> decoder. Lesson: 06.

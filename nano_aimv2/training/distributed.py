@@ -145,8 +145,8 @@ def leave(failure=None):
     """End this process, after `stop`: with code 0, or with `failure` on stderr and code 1.
 
     One rank of several skips interpreter shutdown: after FSDP2 over gloo on a busy CPU, one run in
-        about thirty aborted there ("terminate called without an active exception"), and torchrun
-        reported a finished run as failed.
+    about thirty aborted there ("terminate called without an active exception"), and torchrun
+    reported a finished run as failed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(failure)
