@@ -9,13 +9,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import run_script, tiny_config
+from helpers import colour_shares, run_script, tiny_config
 
 from nano_aimv2 import hub
 from nano_aimv2.data.shards import ShardWriter
 from nano_aimv2.encoder import Encoder
 from nano_aimv2.lab import heads, probe
 from nano_aimv2.lab.heads import GRID, Heads, knn, predict, probe_tokens, train_heads, wilson
+from nano_aimv2.lab.plots import BLUE, GREY, ORANGE
 from nano_aimv2.lab.probe import Labelled, frozen_features, label_ids, probe_encoder, random_twin
 from nano_aimv2.patchify import pixels_to_float
 from nano_aimv2.training.checkpoint import load_model
@@ -312,7 +313,9 @@ def test_the_command_prints_one_table_and_writes_it(trained, tmp_path):
     saved = json.loads((tmp_path / "out/probe.json").read_text())
     count = saved["rows"]["raw pixels"]["k-NN"]["shape"]["images"]
     assert count == saved["rows"]["this run"]["linear"]["place"]["images"] > 5
-    assert (tmp_path / "out/probe.png").stat().st_size > 10_000
+    shares = colour_shares(tmp_path / "out/probe.png")  # bars of all three rows are drawn
+    bars = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in (BLUE, ORANGE, GREY)]
+    assert all(shares.get(bar, 0) > 0.005 for bar in bars), [shares.get(bar) for bar in bars]
     assert sum(1 for _ in (tmp_path / "out/features").glob("*.npy")) == 4
 
 
