@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def run_script(*args, cwd=ROOT, check=True, env=None, timeout=300):
         raise AssertionError(f"{args} exited {done.returncode}:\n{done.stdout[-2000:]}\n"
                              f"{done.stderr[-3000:]}")
     return done
+
+
+def run_together(*commands):
+    """Run scripts that may fail two at a time: [(script, *flags), ..] -> completed processes."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: run_script(*command, check=False), commands))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from helpers import (
     full_disk,
     random_batch,
     run_script,
+    run_together,
     tiny_config,
     training_rows,
 )
@@ -265,20 +266,28 @@ def test_a_native_run_logs_its_padding(tiny_flags, tmp_path):
 # Bad input
 
 
-@pytest.mark.parametrize("flags, message", [
-    pytest.param(["--stepz=3"], "did you mean --steps", marks=slow),
-    pytest.param(["--data=/nowhere:alt:1"], "'/nowhere' does not exist", marks=slow),
-    pytest.param(["--tokenizer=nothing"], "neither a file nor one of", marks=slow),
-    (["--vocab_size=100"], "use --vocab_size=768"),
-    pytest.param(["--init=/nowhere"], "/nowhere", marks=slow),
-    pytest.param(["--parallel=none", "--device=cuda"], "device=cuda is not available", marks=[
-        slow, pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")]),
-])
-def test_train_says_what_is_wrong_in_one_line(flags, message, scenes, tmp_path):
-    done = run_script("train.py", f"--data={scenes}:alt:1", "--device=cpu",
-                      f"--run_dir={tmp_path}/x", *flags, check=False)
-    assert_one_line(done, message)
-    assert not (tmp_path / "x").exists(), "a start that fails claims no run folder"
+def assert_train_refuses(wrong, scenes, folder):
+    """Each of `wrong`, (flags, message), ends train.py in one line and claims no run folder."""
+    common = ("train.py", f"--data={scenes}:alt:1", "--device=cpu", f"--run_dir={folder}/x")
+    found = run_together(*((*common, *flags) for flags, _ in wrong))
+    for done, (flags, message) in zip(found, wrong, strict=True):
+        assert_one_line(done, message)
+        assert not (folder / "x").exists(), f"{flags}: a start that fails claims no run folder"
+
+
+def test_train_says_what_is_wrong_in_one_line(scenes, tmp_path):
+    assert_train_refuses([(["--vocab_size=100"], "use --vocab_size=768")], scenes, tmp_path)
+
+
+@slow
+def test_train_says_of_each_mistake_what_is_wrong_in_one_line(scenes, tmp_path):
+    wrong = [(["--stepz=3"], "did you mean --steps"),
+             (["--data=/nowhere:alt:1"], "'/nowhere' does not exist"),
+             (["--tokenizer=nothing"], "neither a file nor one of"),
+             (["--init=/nowhere"], "/nowhere")]
+    if not torch.cuda.is_available():
+        wrong.append((["--parallel=none", "--device=cuda"], "device=cuda is not available"))
+    assert_train_refuses(wrong, scenes, tmp_path)
 
 
 def test_weights_of_another_shape_are_listed(trained, tmp_path):
@@ -409,15 +418,22 @@ def test_sample_draws_held_out_images(trained, tmp_path):
     assert colour_shares(tmp_path / "s.png")[HIDDEN] > 0.01
 
 
-@pytest.mark.parametrize("flags, message", [
-    pytest.param(["--image=/nowhere.png"], "'/nowhere.png' does not exist", marks=slow),
-    (["--image=README.md"], "README.md' cannot be read"),
-    pytest.param(["--imag=x"], "did you mean --image", marks=slow),
-    pytest.param(["--run_dir=/nowhere"], "not a trained run", marks=slow),
-    pytest.param(["--complete=2"], "--complete=2.0 must be a fraction", marks=slow),
-    pytest.param(["--temperature=warm"], "must be a number", marks=slow),
-])
-def test_sample_says_what_is_wrong_in_one_line(trained, flags, message):
-    done = run_script("sample.py", f"--run_dir={trained[0]}", *flags, check=False)
-    assert_one_line(done, message)
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+def assert_sample_refuses(run_dir, *wrong):
+    """Each of `wrong`, (flag, message), ends sample.py in one line."""
+    found = run_together(*(("sample.py", f"--run_dir={run_dir}", flag) for flag, _ in wrong))
+    for done, (_, message) in zip(found, wrong, strict=True):
+        assert_one_line(done, message)
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_sample_says_what_is_wrong_in_one_line(trained):
+    assert_sample_refuses(trained[0], ("--image=README.md", "README.md' cannot be read"))
+
+
+@slow
+def test_sample_says_of_each_mistake_what_is_wrong_in_one_line(trained):
+    assert_sample_refuses(
+        trained[0], ("--image=/nowhere.png", "'/nowhere.png' does not exist"),
+        ("--imag=x", "did you mean --image"), ("--run_dir=/nowhere", "not a trained run"),
+        ("--complete=2", "--complete=2.0 must be a fraction"),
+        ("--temperature=warm", "must be a number"))
