@@ -52,6 +52,7 @@ def main(argv):
     checkpoint.begin_run(config, tokenizer, runtime)
     trained = distributed.parallelize(model, runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
+    clipped = clipped_parameters(model)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     first_step = checkpoint.restore(config.run_dir, model, optimizer, runtime)
     metrics.say(runtime, describe_run(model, config, runtime, first_step))
@@ -88,8 +89,7 @@ def main(argv):
         # Forward and backward; gradients are exchanged after the last micro-batch
         sums = torch.zeros(3, device=runtime.device)
         for i, batch in enumerate(batches):
-            is_last = i == len(batches) - 1
-            with distributed.sync_gradients(trained, runtime, is_last):
+            with distributed.sync_gradients(trained, runtime, is_last=i == len(batches) - 1):
                 with runtime.autocast():
                     batch, prefix_len = batch.to(runtime.device), prefixes[i].to(runtime.device)
                     losses = trained(batch, prefix_len, targets[i])
@@ -100,7 +100,7 @@ def main(argv):
 
         # Clip, step, log
         scaler.unscale_(optimizer)
-        grad_norm = distributed.clip_gradients(clipped_parameters(model), config.clip_grad, runtime)
+        grad_norm = distributed.clip_gradients(clipped, config.clip_grad, runtime)
         lr = lr_at(step, config.lr, config.min_lr, config.warmup_steps, config.steps)
         set_lr(optimizer, lr)
         scaler.step(optimizer)

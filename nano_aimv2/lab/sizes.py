@@ -87,16 +87,21 @@ def as_table(rows):
     return "\n".join(lines)
 
 
+def whole_numbers(name, text, example):
+    """'48,72' -> [48, 72]. Raises ValueError that names the flag and shows an example."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name}={text} must be whole numbers with commas between, such as "
+                         f"{example}") from None
+
+
 def main(argv):
     options = Options(**read_flags(argv, Options, doc=__doc__)[0])
     runs = [run for run in options.run_dir.split(",") if run]
     if not runs:
         raise ValueError("no run: give --run_dir=RUN,RUN,..")
-    try:
-        sizes = [int(size) for size in options.sizes.split(",")]
-    except ValueError:
-        raise ValueError(f"--sizes={options.sizes} must be whole numbers with commas between, "
-                         "such as 48,72,96") from None
+    sizes = whole_numbers("sizes", options.sizes, "48,72,96")
     configs = [load_model(run)[1] for run in runs]
     if options.data:
         sources = {"val": open_sources(options.data, "val")[0]}

@@ -48,6 +48,7 @@ from nano_aimv2.lab import probe
 from nano_aimv2.lab.contrastive import CLIP
 from nano_aimv2.lab.heads import Settings
 from nano_aimv2.lab.plots import study_page
+from nano_aimv2.lab.sizes import whole_numbers
 from nano_aimv2.model import AIMv2
 from nano_aimv2.training import metrics
 from nano_aimv2.training.checkpoint import load_model
@@ -468,11 +469,7 @@ def prepare_data(data):
 
 def parse_samples(text, batch_size):
     """'8000,16000' -> (8000, 16000). Raises ValueError unless each is at least one step."""
-    try:
-        samples = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--samples={text} must be whole numbers with commas between, such as "
-                         "8000,16000") from None
+    samples = tuple(whole_numbers("samples", text, "8000,16000"))
     if min(samples) < batch_size:
         raise ValueError(f"--samples={text}: {min(samples)} samples are not one step of "
                          f"{batch_size}, give at least as many")

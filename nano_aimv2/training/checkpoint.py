@@ -40,7 +40,7 @@ TABLE = "encoder.positions.table"
 
 
 def claim_run(config):
-    """Make the run folder, or check that it is this config's. Returns True if the run exists.
+    """Make the run folder, or check that it is this config's.
 
     Raises: ValueError if the folder holds a run with other settings: mixing would spoil both.
     """
@@ -49,7 +49,7 @@ def claim_run(config):
     path = folder / "config.json"
     if not path.exists():
         config.save(path)
-        return False
+        return
     old = dataclasses.asdict(Config.load(path))
     new = dataclasses.asdict(config)
     changed = [f"{k}={old[k]} there, {new[k]} asked for" for k in new
@@ -57,7 +57,6 @@ def claim_run(config):
     if changed:
         raise ValueError(f"run folder {folder} holds another configuration ({'; '.join(changed)}): "
                          "choose another --run_dir, or delete the folder to start again")
-    return True
 
 
 def begin_run(config, tokenizer, runtime):
