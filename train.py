@@ -32,7 +32,7 @@ def main(argv):
     if plan:
         budget.main(config, **plan)
         return
-    checkpoint.check_init(config)
+    config, is_new = checkpoint.open_run(config)
 
     # Processes, data
     runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
@@ -40,21 +40,21 @@ def main(argv):
         make_toy_data(config)
     runtime.barrier()
     tokenizer = tokenizer_of(config)
-    data = TrainingData(config, tokenizer, runtime.rank, runtime.world)
+    data = TrainingData(config, tokenizer, runtime.rank, runtime.world, runtime.gather)
     held_out = held_out_sets(config, tokenizer, config.eval_images)
     metrics.say(runtime, *describe(data), *describe_held_out(held_out))
 
     # Model and optimizer: from random weights, another run's, or this run's last checkpoint
     torch.manual_seed(config.seed)
     model = AIMv2(config)
-    if config.init:
+    if config.init and is_new:
         checkpoint.load_init(model, config)
-    checkpoint.begin_run(config, tokenizer, runtime)
+    config = checkpoint.begin_run(config, data, runtime)
     trained = distributed.parallelize(model, runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
     clipped = clipped_parameters(model)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    first_step = checkpoint.restore(config.run_dir, model, optimizer, runtime)
+    first_step = checkpoint.restore(config.run_dir, model, optimizer, runtime, scaler)
     metrics.say(runtime, describe_run(model, config, runtime, first_step))
 
     # The loop: `step` is how many optimizer steps are done
@@ -69,7 +69,7 @@ def main(argv):
             progress.evaluation(step, evaluate(model, trained, held_out, runtime))
         if is_due(step, first_step, config.save_every, config.steps):
             finite.read()
-            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep)
+            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep, scaler)
         if step == config.steps:
             break
 
@@ -83,7 +83,7 @@ def main(argv):
         if stops:
             metrics.say(runtime, f"asked to stop: saving step {step}")
             finite.read()
-            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep)
+            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep, scaler)
             return
 
         # Forward and backward; gradients are exchanged after the last micro-batch
@@ -114,9 +114,9 @@ def main(argv):
     # Goodbye: weights for others to use, and images to look at
     progress.close()
     checkpoint.save_model(config.run_dir, model, runtime)
+    distributed.stop()  # the other ranks do not wait for the images
     if runtime.is_main:
-        draw_results(config, has_samples=bool(held_out))
-    runtime.barrier()
+        draw_results(config, runtime, has_samples=bool(held_out))
 
 
 def count_targets(batch, prefix_len):
@@ -131,29 +131,32 @@ def is_due(step, first_step, every, steps):
 
 def describe_run(model, config, runtime, first_step):
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = str(runtime.dtype).removeprefix("torch.")
-    return (f"{config.run_dir}: {parameters:,} parameters on {runtime.world} x "
-            f"{runtime.device.type}, {dtype} matmuls, parallel {runtime.parallel}, step "
-            f"{first_step} of {config.steps}")
+    return (f"{config.run_dir}: {parameters:,} parameters on {runtime.world} x {config.device}, "
+            f"{config.dtype} matmuls, parallel {config.parallel}, step {first_step} of "
+            f"{config.steps}")
 
 
 def make_toy_data(config):
-    """Draw the toy scenes that a run asks for, where they are missing."""
+    """Draw the toy sets that the presets name and a run asks for, where they are missing. Another
+    folder that is missing may be a disk that is not mounted: that is an error."""
     for source in parse_mixture(config.data):
-        folder = Path(source.path)
-        if folder.name in SETS and not folder.exists():
-            make_scenes(folder, **SETS[folder.name])
+        if source.path in SETS and not Path(source.path).exists():
+            make_scenes(source.path, **SETS[source.path])
 
 
-def draw_results(config, has_samples):
-    """loss.png and samples.png, from the files that the run has written."""
+def draw_results(config, runtime, has_samples):
+    """loss.png and samples.png, from the files that the run has written. A model that was sharded
+    may be too large for one rank: it draws no samples."""
     folder = Path(config.run_dir)
     rows = metrics.read_metrics(folder / "metrics.jsonl")
     plots.loss_curves(rows, folder / "loss.png", config.vocab_size, config.patch_dim)
     print(f"written: {folder}/loss.png")
-    if has_samples:
+    if has_samples and runtime.is_sharded:
+        print(f"captions of held-out images: python sample.py --run_dir={config.run_dir}")
+    elif has_samples:
         title = f"{folder.name}: images it has never seen, seed {config.seed}"
-        plots.samples_page(*plots.held_out_samples(folder), folder / "samples.png", title)
+        samples = plots.held_out_samples(folder, device=runtime.device)
+        plots.samples_page(*samples, folder / "samples.png", title)
         print(f"written: {folder}/samples.png")
     print(f"captions of your own images: python sample.py --run_dir={config.run_dir} --image=FILE")
 
@@ -162,8 +165,12 @@ if __name__ == "__main__":
     failure = None
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         failure = f"train.py: {type(error).__name__}: {error}"
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's words for a connection that the other end closed
+            raise
+        failure = "train.py: another rank has ended, and its message says why"
     finally:
         distributed.stop()
     distributed.leave(failure)

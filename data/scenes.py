@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script finds the package
 from nano_aimv2.data.shards import ShardWriter  # noqa: E402
-from nano_aimv2.files import remove, replacing  # noqa: E402
+from nano_aimv2.files import replacing  # noqa: E402
 from nano_aimv2.flags import check_at_least, read_flags, run_command  # noqa: E402
 
 COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (250, 225, 40),
@@ -47,16 +47,16 @@ SPLITS = ("train", "val", "novel")
 NOVEL_PAIRS = tuple((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))
 SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS
                    if (shape, colour) not in NOVEL_PAIRS)
-# What train.py draws on first use: folder name -> arguments of make_scenes. There are fewer of the
+# What train.py draws on first use: folder -> arguments of make_scenes. There are fewer of the
 # larger images, to save time.
-SETS = {"scenes": {}, "scenes_highres": {"train": 10_000, "size": 96},
-        "scenes_native": {"train": 10_000, "size": 96, "aspect": 3.0}}
+SETS = {"data/scenes": {}, "data/scenes_highres": {"train": 10_000, "size": 96},
+        "data/scenes_native": {"train": 10_000, "size": 96, "aspect": 3.0}}
 OVERSAMPLING = 4  # masks are drawn this many times larger and averaged: smooth edges
 
 
 @dataclass
 class Options:
-    out: str = "data/scenes"  # folder to write; replaced if it exists
+    out: str = "data/scenes"  # folder to write; must not exist yet
     train: int = 20_000  # training scenes
     val: int = 512  # held-out scenes
     novel: int = 512  # held-out scenes, each with a novel pair
@@ -195,24 +195,27 @@ def encoded_scene(address):
 
 
 def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1.0):
-    """Write the three splits as shards under `out`, in place of what is there.
+    """Write the three splits as shards into the new folder `out`.
 
-    A run that fails or is interrupted leaves `out` as it was.
+    A run that fails or is interrupted leaves nothing under the name `out`.
+
+    Raises: ValueError if `out` exists.
     """
+    if Path(out).exists():
+        raise ValueError(f"{out} exists: choose another --out, or delete it first")
     counts = dict(zip(SPLITS, (train, val, novel), strict=True))
     processes = min(8, os.cpu_count() or 1)
-    with replacing(Path(out)) as temporary:
-        with (multiprocessing.get_context("spawn").Pool(processes) as pool,
-              tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}",
-                   disable=None) as bar):
-            for split, count in counts.items():
-                with ShardWriter(temporary / split) as writer:
-                    addresses = ((split, i, size, seed, aspect) for i in range(count))
-                    for scene in pool.imap(encoded_scene, addresses, chunksize=64):
-                        key, image, alt, metadata = scene
-                        writer.write(key, image, "png", alt, metadata)
-                        bar.update()
-        remove(out)  # a folder that is not empty cannot be replaced by renaming
+    with (replacing(Path(out)) as temporary,
+          multiprocessing.get_context("spawn").Pool(processes) as pool,
+          tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}",
+               disable=None) as bar):
+        for split, count in counts.items():
+            with ShardWriter(temporary / split) as writer:
+                addresses = ((split, i, size, seed, aspect) for i in range(count))
+                for scene in pool.imap(encoded_scene, addresses, chunksize=64):
+                    key, image, alt, metadata = scene
+                    writer.write(key, image, "png", alt, metadata)
+                    bar.update()
 
 
 def main(argv):

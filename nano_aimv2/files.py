@@ -46,6 +46,12 @@ def remove(path):
             os.remove(path)
 
 
+def is_lfs_pointer(path):
+    """Whether a file is a Git LFS pointer: three lines of text in place of a large file."""
+    with open(path, "rb") as file:
+        return file.read(24) == b"version https://git-lfs."
+
+
 def default_umask():
     """The permission bits that new files of this process do not get."""
     mask = os.umask(0)  # it can only be read by setting it

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from nano_aimv2.config import Config
 from nano_aimv2.encoder import Encoder
-from nano_aimv2.files import replacing, write_text
+from nano_aimv2.files import is_lfs_pointer, replacing, write_text
 
 # OpenAI-CLIP's, which all released weights use
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -190,6 +190,9 @@ def read_weights(path):
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own type for a damaged file
+        if Path(path).is_file() and is_lfs_pointer(path):
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in "
+                             "its folder") from error
         raise ValueError(f"{path} cannot be read ({error}): it is damaged or not a safetensors "
                          "file; copy or download it again") from error
 

@@ -1,9 +1,11 @@
-"""What several tests share: tiny configs, random batches, scripts run as a user would."""
+"""What several tests share: tiny configs, batches and shards, scripts run as a user would."""
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,7 @@ sys.path.insert(0, str(ROOT))  # the suite also runs where the package is not in
 
 from nano_aimv2.config import Config  # noqa: E402
 from nano_aimv2.data.batches import Batch  # noqa: E402
+from nano_aimv2.data.shards import ShardWriter  # noqa: E402
 from nano_aimv2.generate import choose, patch_pixels  # noqa: E402
 from nano_aimv2.prefix_mask import prefix_mask  # noqa: E402
 from nano_aimv2.training.metrics import read_metrics  # noqa: E402
@@ -42,6 +45,29 @@ def random_batch(config, size=3, num_tokens=(7, 4, 9), grids=None):
         row[n:] = 0
     tokens = torch.randint(config.vocab_size, (size, max(num_tokens)), generator=generator)
     return Batch(patches, grid, tokens, torch.tensor(num_tokens), slice(0, size), size)
+
+
+def png(value=7, size=(20, 20)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, 100, 200)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    """A tar of (name, bytes), in order: what other tools write."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def simple_shards(folder, count, label="a"):
+    with ShardWriter(folder, samples_per_shard=7) as writer:
+        for i in range(count):
+            writer.write(f"{label}{i:04d}", png(i % 256), "png", f"alt {label} {i}",
+                         {"synthetic": [f"long {label} {i}"]})
+    return folder
 
 
 def environment(more=None):

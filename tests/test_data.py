@@ -1,38 +1,37 @@
 """Shards, mixtures and batches: the data of a run is a pure function of seed and step."""
 
+import contextlib
 import io
-import json
 import multiprocessing
 import os
-import tarfile
+import shutil
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from helpers import full_disk, tiny_config
+from helpers import full_disk, png, simple_shards, tiny_config, write_tar
 from PIL import Image
 
-from data.scenes import NOVEL_PAIRS, draw_objects, make_scene, make_scenes
+import train
+from data.scenes import NOVEL_PAIRS, SETS, draw_objects, make_scene, make_scenes
+from nano_aimv2.config import PRESETS, Config
+from nano_aimv2.data import batches
 from nano_aimv2.data.batches import (
     TrainingData,
+    capped,
     describe,
     make_loader,
     read_in_order,
     to_patches,
 )
 from nano_aimv2.data.mixture import deal, open_sources, parse_mixture, permuted
-from nano_aimv2.data.shards import Shards, ShardWriter, find_shards
+from nano_aimv2.data.shards import Shards, ShardWriter
 from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.native_res import best_grid, draw_areas
+from nano_aimv2.training.distributed import TIMEOUT_MINUTES
 from nano_aimv2.training.evaluate import Evaluation
-
-
-def png(value=7, size=(20, 20)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (value, 100, 200)).save(file, "PNG")
-    return file.getvalue()
 
 
 def noise_png():
@@ -40,23 +39,6 @@ def noise_png():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def write_tar(path, members):
-    """A tar of (name, bytes), in order: what other tools write."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def simple_shards(folder, count, label="a"):
-    with ShardWriter(folder, samples_per_shard=7) as writer:
-        for i in range(count):
-            writer.write(f"{label}{i:04d}", png(i % 256), "png", f"alt {label} {i}",
-                         {"synthetic": [f"long {label} {i}"]})
-    return folder
 
 
 def training_data(scenes, rank=0, world=1, **overrides):
@@ -124,9 +106,10 @@ def test_the_loader_keeps_the_order_and_hands_on_an_error_where_it_happens(num_w
     found = []
     try:
         found.extend(make_loader(Numbers(damaged=8), 3, num_workers, pin=False))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         found.append(str(error))
         error.__traceback__ = None  # it refers to the loader, whose worker would live on
+    assert "\n" not in found[-1], "without the worker's traceback"
     assert found[:-1] == [3, 4, 5, 6, 7] and "micro-batch 8 is damaged" in found[-1]
 
 
@@ -199,11 +182,22 @@ def test_a_mixture_keeps_its_shares_in_every_round(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("a:dense:1", "alt, synthetic"), ("a:alt:x", "weight 'x'"), ("a:alt:0", "weight above 0"),
-    ("a:alt:-1", "weight above 0"), ("", "names no source"), ("a:long", "caption kind 'long'")])
+    ("a:dense:1", "alt, synthetic"), ("a:alt:x", "weight 'x'"), ("a:alt:-1", "'-1' must"),
+    ("a:alt:0", "'0' must be a number above 0"), ("a:alt:", "weight ''"), ("", "names no source"),
+    (":alt:1", "path:kind:weight"), ("a::1", "caption kind ''"), ("a:alt:nan", "above 0"),
+    ("a:long", "caption kind 'long'")])
 def test_a_mixture_that_cannot_be_read_says_how(text, message):
     with pytest.raises(ValueError, match=message):
         parse_mixture(text)
+
+
+@pytest.mark.parametrize("text, path, kind", [
+    (r"C:\photos:synthetic:2", r"C:\photos", "synthetic"), ("d:/a b:alt", "d:/a b", "alt"),
+    (r"C:\photos", r"C:\photos", "alt"), ("a:b:alt:1", "a:b", "alt"),
+    ("/disk/x", "/disk/x", "alt"), ("d:alt", "d", "alt")])
+def test_paths_with_colons_are_read(text, path, kind):
+    (source,) = parse_mixture(text)
+    assert (source.path, source.kind, source.weight) == (path, kind, 1)
 
 
 def test_the_description_counts_epochs_and_shares(tmp_path):
@@ -214,96 +208,7 @@ def test_the_description_counts_epochs_and_shares(tmp_path):
     assert "25.0%" in lines[1] and "2.0 epochs" in lines[1] and "6.0 epochs" in lines[2]
 
 
-# Shards as other tools write them, and as they break
-
-
-def test_img2dataset_output_is_read_as_it_is(tmp_path):
-    members = []
-    metadata = json.dumps({"url": "x", "status": "success"}).encode()
-    for i in range(3):
-        members += [(f"00000000{i}.jpg", png(i)), (f"00000000{i}.json", metadata),
-                    (f"00000000{i}.txt", f"caption {i}".encode())]
-    write_tar(tmp_path / "00000.tar", members)
-    (tmp_path / "00000.parquet").write_bytes(b"x")
-    (tmp_path / "00000_stats.json").write_text("{}")
-    found = Shards(str(tmp_path))
-    assert len(found) == 3 and found.alt_text(2) == "caption 2" and found.image(1) == png(1)
-    assert not any(found.report.values())
-
-
-def test_what_is_not_a_sample_is_counted(tmp_path):
-    members = [("a.png", png(1)), ("a.txt", b"first"), ("a.png", png(2)), ("b.png", png(3)),
-               ("c.txt", b"no image"), ("d.png", png(4)),
-               ("d.json", b'{"synthetic": ["only long"]}'), ("folder/e.f.png", png(5)),
-               ("notes.md", b"x")]
-    write_tar(tmp_path / "x.tar", members)
-    for _ in range(2):  # made, then from the index file
-        found = Shards(str(tmp_path / "x.tar"))
-        assert len(found) == 2 and found.image(0) == png(1)
-        assert found.metadata(1) == {"synthetic": ["only long"]}
-        assert found.report == {"image without caption": 2, "caption without image": 1,
-                                "duplicate key": 1, "tar cut short": 0}
-
-
-def test_a_tar_cut_in_the_middle_gives_what_is_whole(tmp_path):
-    simple_shards(tmp_path, 7)
-    path = tmp_path / "00000.tar"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: 3 * 3072 + 600])
-    found = Shards(str(path))
-    assert len(found) == 3 and found.report["tar cut short"] == 1
-    assert all(found.image(i) == png(i) for i in range(len(found)))
-
-
-def test_an_empty_tar_among_others_is_counted_and_alone_is_an_error(tmp_path):
-    simple_shards(tmp_path, 7)
-    (tmp_path / "00001.tar").write_bytes(b"")
-    found = Shards(str(tmp_path))
-    assert len(found) == 7 and found.report["tar cut short"] == 1
-    with pytest.raises(ValueError, match="no sample"):
-        Shards(str(tmp_path / "00001.tar"))
-
-
-@pytest.mark.parametrize("path, message", [
-    ("nowhere", "'.*nowhere' does not exist"), (".", "has no .tar files")])
-def test_a_missing_path_says_what_to_give(tmp_path, path, message):
-    with pytest.raises(ValueError, match=message):
-        find_shards(str(tmp_path / path))
-
-
-def test_an_index_file_older_than_its_tar_is_made_again(tmp_path):
-    simple_shards(tmp_path, 5)
-    assert len(Shards(str(tmp_path))) == 5
-    simple_shards(tmp_path, 7)
-    assert len(Shards(str(tmp_path))) == 7
-    index = next(tmp_path.glob("*.idx.npy"))
-    index.write_bytes(index.read_bytes()[:50])
-    assert len(Shards(str(tmp_path))) == 7
-
-
-def test_a_full_disk_leaves_no_index_file_and_the_shards_are_read_all_the_same(tmp_path):
-    simple_shards(tmp_path, 5)
-    with full_disk(room=100):
-        assert len(Shards(str(tmp_path))) == 5 and not list(tmp_path.glob("*.npy*"))
-
-
-@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="needs a folder that nobody can write to")
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path):
-    simple_shards(tmp_path, 5)
-    with open(tmp_path / "00000.tar", "rb") as file:
-        found = Shards(f"/dev/fd/{file.fileno()}")
-        assert len(found) == 5 and found.image(3) == png(3)
-
-
-def test_the_index_is_mapped_not_loaded(tmp_path):
-    simple_shards(tmp_path, 5)
-    Shards(str(tmp_path))
-    assert isinstance(Shards(str(tmp_path)).indexes[0], np.memmap)
-
-
-def test_captions_in_latin_1_are_read(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.txt", "café".encode("latin-1"))])
-    assert Shards(str(tmp_path / "x.tar")).alt_text(0) == "café"
+# Samples that cannot be read
 
 
 def test_damaged_members_are_named_and_replaced_and_the_batch_stays_full(tmp_path):
@@ -328,23 +233,126 @@ def test_damaged_members_are_named_and_replaced_and_the_batch_stays_full(tmp_pat
     assert same(batches[0], again[0]), "the replacement too is a function of the address"
 
 
-def test_a_damaged_json_is_skipped_where_it_is_needed(tmp_path):
+def shards_with_few_synthetic_captions(folder, count=50):
+    with ShardWriter(folder, samples_per_shard=7) as writer:
+        for i in range(count):
+            captions = {"synthetic": f"long {i}"} if i % 5 == 2 else {"synthetic": []}
+            writer.write(f"{i:04d}", png(i), "png", f"alt {i}", captions)
+    return folder
+
+
+def test_a_source_consists_of_the_samples_that_have_its_captions(tmp_path):
+    """A fifth of the samples have a synthetic caption: epochs and counts are over those."""
+    folder = shards_with_few_synthetic_captions(tmp_path / "thin")
+    config = tiny_config(data=f"{folder}:synthetic:1,{folder}:alt:1", batch_size=20, steps=2)
+    data = TrainingData(config, Tokenizer(config.tokenizer))
+    assert [len(source) for source in data.sources] == [10, 50]
+    epochs = [data.address(0, 0, i, 0)[0] for i in range(20)]
+    assert sorted(epochs[:10]) == sorted(epochs[10:]) == list(range(2, 50, 5))
+    assert not data[0].skipped and not data[1].skipped
+    about = describe(data)
+    assert "10 of 50 samples" in about[1] and "2.0 epochs" in about[1]
+    assert ": 50 samples" in about[2]
+
+
+def test_a_damaged_json_counts_when_the_shards_are_indexed_and_its_alt_text_is_read(tmp_path):
     texts = {"a": b'{"synthetic": ["long"]}', "b": b"{oops", "c": b"[1]",
-             "d": b'{"synthetic": "one"}'}
-    members = [((f"{key}.png", png()), (f"{key}.json", text)) for key, text in texts.items()]
-    write_tar(tmp_path / "x.tar", [member for pair in members for member in pair])
-    config = tiny_config(data=f"{tmp_path}:synthetic:1", batch_size=4, steps=1)
-    batch = TrainingData(config, Tokenizer(config.tokenizer))[0]
-    assert len(batch.patches) == 4
-    assert any("b.png: ValueError: unreadable JSON" in line for line in batch.skipped)
-    assert any("c.png: ValueError: JSON holds a list" in line for line in batch.skipped)
+             "d": b'{"synthetic": "one"}', "e": b"[" * 100_000}
+    members = [((f"{key}.png", png()), (f"{key}.txt", b"short"), (f"{key}.json", text))
+               for key, text in texts.items()]
+    write_tar(tmp_path / "x.tar", [member for group in members for member in group])
+    config = tiny_config(data=f"{tmp_path}:synthetic:1,{tmp_path}:alt:1", batch_size=8, steps=1)
+    data = TrainingData(config, Tokenizer(config.tokenizer))
+    assert [len(source) for source in data.sources] == [2, 5]
+    assert data.sources[0].shards.report["unreadable .json"] == 3
+    assert "'unreadable .json': 3" in describe(data)[1]
+    assert len(data[0].patches) == 8 and not data[0].skipped
 
 
-def test_a_source_without_the_captions_asked_for_stops_with_the_reason(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.txt", b"x")])
+def test_a_json_that_is_damaged_later_is_skipped_and_named(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.json", b'{"synthetic": "one"}'),
+                                   ("b.png", png()), ("b.json", b'{"synthetic": "two"}')])
+    (source,) = open_sources(f"{tmp_path}:synthetic")
+    content = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(content.replace(b'"two"', b"'two'"))
+    config = tiny_config()
+    found = read_in_order(source, config, Tokenizer(config.tokenizer), 5)
+    assert found[2] == [0] and "b.png: ValueError: unreadable JSON" in found[3][0]
+
+
+def test_a_source_without_the_captions_asked_for_says_which_there_are(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.txt", b"x"),
+                                   ("a.json", b'{"re_caption": "y", "label": 3}')])
     config = tiny_config(data=f"{tmp_path}:synthetic:1", batch_size=2)
-    with pytest.raises(ValueError, match="in a row.*no synthetic caption"):
+    with pytest.raises(ValueError, match=r"none of its 1 samples.*alt \(1\), re_caption \(1\)"):
+        TrainingData(config, Tokenizer(config.tokenizer))
+
+
+def broken_disk(monkeypatch, works_after):
+    """Reads of images fail `works_after` times; returns the pauses that were made."""
+    reads, pauses, image = [], [], Shards.image
+
+    def read(self, i):
+        reads.append(i)
+        if len(reads) <= works_after:
+            raise OSError(5, "Input/output error")
+        return image(self, i)
+
+    monkeypatch.setattr(Shards, "image", read)
+    monkeypatch.setattr(batches.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_disk_that_fails_for_a_while_is_waited_for(tmp_path, monkeypatch):
+    folder = simple_shards(tmp_path / "a", 9)
+    config = tiny_config(data=f"{folder}:alt:1", batch_size=4, steps=1)
+    pauses = broken_disk(monkeypatch, works_after=120)
+    batch = TrainingData(config, Tokenizer(config.tokenizer))[0]
+    assert len(batch.patches) == 4 and pauses == [1, 2]
+    assert len(batch.skipped) == 120 and "Input/output error" in batch.skipped[0]
+
+
+def test_a_disk_that_stays_away_ends_the_run_before_the_other_ranks_give_up(tmp_path, monkeypatch):
+    folder = simple_shards(tmp_path / "a", 9)
+    config = tiny_config(data=f"{folder}:alt:1", batch_size=4, steps=1)
+    pauses = broken_disk(monkeypatch, works_after=10**9)
+    with pytest.raises(OSError, match="500 samples in a row.*last checkpoint"):
         TrainingData(config, Tokenizer(config.tokenizer))[0]
+    assert sum(pauses) < TIMEOUT_MINUTES * 60 / 2
+
+
+def test_the_name_of_a_sample_that_cannot_be_read_is_no_further_error(tmp_path):
+    found = Shards(str(simple_shards(tmp_path / "a", 2)))
+    (tmp_path / "a/00000.tar").unlink()
+    assert found.name(1).endswith("00000.tar: sample 1")
+
+
+@pytest.mark.parametrize("workers, local_world, refused", [
+    (0, "1", False), (1, "1", False), (64, "1", True), (8, "8", True)])
+def test_workers_that_need_more_shared_memory_than_there_is_are_refused(
+        workers, local_world, refused, monkeypatch, tmp_path):
+    config = tiny_config(num_workers=workers)
+    free = shutil.disk_usage(tmp_path)._replace(free=64e6)  # what a container has
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
+    expected = pytest.raises(ValueError, match="64 MB free: use --num_workers=0")
+    with expected if refused else contextlib.nullcontext():
+        batches.check_shared_memory(config, 10_000, tmp_path)
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(scenes):
+    loader = make_loader(training_data(scenes), 0, 1, pin=False)
+    next(loader)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(OSError, match="a data worker failed.*--num_workers=0") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_capped_lines_say_how_many_were_left_out():
+    assert capped(["a", "b"], 2) == ["a", "b"]
+    assert capped(["a", "b", "c", "d"], 2) == ["a", "b", "... and 2 more"]
 
 
 def test_evaluation_reads_in_order_skips_damaged_samples_and_names_them(tmp_path):
@@ -429,14 +437,37 @@ def test_the_toy_shards_hold_all_splits_with_both_captions(scenes):
         assert found.metadata(0)["synthetic"][0].count(" a ") >= 1
 
 
-def test_drawing_replaces_a_set_when_the_new_one_is_whole_and_not_before(tmp_path):
+def test_a_set_that_cannot_be_drawn_whole_leaves_nothing(tmp_path):
     out = tmp_path / "scenes"
-    make_scenes(out, train=3, val=1, novel=1, size=20)
     with full_disk(), pytest.raises(OSError, match="too large"):
         make_scenes(out, train=5, val=1, novel=1, size=20)
-    assert os.listdir(tmp_path) == ["scenes"] and len(Shards(str(out / "train"))) == 3
-    make_scenes(out, train=4, val=1, novel=1, size=20)
-    assert os.listdir(tmp_path) == ["scenes"] and len(Shards(str(out / "train"))) == 4
+    assert not os.listdir(tmp_path)
+
+
+def test_drawing_deletes_nothing(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    for out in ("mine", "mine/thesis.txt"):
+        with pytest.raises(ValueError, match="exists: choose another --out"):
+            make_scenes(tmp_path / out, train=1, val=1, novel=1, size=20)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_only_the_sets_that_presets_name_are_drawn_by_a_run(tmp_path, monkeypatch):
+    """data/scenes on a disk that is not mounted is missing; nothing is drawn in its place."""
+    drawn = []
+    monkeypatch.setattr(train, "make_scenes", lambda out, **kwargs: drawn.append(out))
+    monkeypatch.chdir(tmp_path)
+    named = {source.path for preset in PRESETS for source in parse_mixture(
+        Config.from_preset(preset, init="x").data)}
+    assert set(SETS) <= named
+    for preset in ("toy", "toy-highres", "toy-native"):
+        train.make_toy_data(Config.from_preset(preset, init="x"))
+    assert sorted(set(drawn)) == sorted(SETS)
+    drawn.clear()
+    for data in ("/disk/scenes", "/disk/data/scenes", "scenes", "data/scenes/train"):
+        train.make_toy_data(tiny_config(data=data))
+    assert not drawn
 
 
 # Native resolution

@@ -13,7 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nano_aimv2.data.batches import evaluation_pixels
-from nano_aimv2.hub import APPLE, EncoderConfig, load_encoder, save_encoder, views
+from nano_aimv2.hub import (
+    APPLE,
+    EncoderConfig,
+    load_encoder,
+    read_weights,
+    save_encoder,
+    views,
+)
 from nano_aimv2.model import AIMv2
 from nano_aimv2.patchify import patchify
 from nano_aimv2.prefix_mask import prefix_mask
@@ -266,6 +273,14 @@ def test_a_place_without_weights_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         load_encoder("apple/aimv2-large-patch14-224")
+
+
+def test_a_git_lfs_pointer_is_called_that(tmp_path):
+    """What a clone without Git LFS leaves in place of the weights."""
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234567\n")
+    with pytest.raises(ValueError, match="Git LFS pointer.*git lfs pull"):
+        read_weights(tmp_path / "model.safetensors")
 
 
 def test_a_repository_id_is_fetched_and_a_failure_is_reported(tmp_path, monkeypatch):

@@ -10,7 +10,11 @@ Pipeline: shards, mixture -> **Batch** -> encoder and decoder. Source: paper Tab
 Lesson: 07.
 """
 
+import os
+import shutil
 import signal
+import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +28,9 @@ from nano_aimv2.data.mixture import deal, open_sources, pick_caption, sample_of
 from nano_aimv2.data.tokenizer import pad_tokens
 from nano_aimv2.native_res import batch_sizes, best_grid, draw_areas
 
-TRIES = 50  # samples in a row that may be unreadable
+TRIES = 50  # samples in a row that may be unreadable before a pause
+PREFETCH = 4  # batches that each worker reads ahead
+PAUSES = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds: a disk or a network may come back
 
 
 @dataclass
@@ -55,13 +61,14 @@ class Batch:
 class TrainingData(torch.utils.data.Dataset):
     """`data[k]` is micro-batch k of this rank: step k // grad_accum, part k % grad_accum.
 
-    Args: config; tokenizer; rank and world: which part of the global batch this process takes.
+    Args: config; tokenizer; rank and world: which part of the global batch this process takes;
+        gather: see `tar_index.open_index`.
     """
 
-    def __init__(self, config, tokenizer, rank=0, world=1):
+    def __init__(self, config, tokenizer, rank=0, world=1, gather=None):
         self.config, self.tokenizer = config, tokenizer
         self.rank, self.world = rank, world
-        self.sources = open_sources(config.data)
+        self.sources = open_sources(config.data, gather=gather)
         parts = world * config.grad_accum
         self.area = (config.image_size // config.patch_size) ** 2
         if config.native_area:
@@ -73,6 +80,7 @@ class TrainingData(torch.utils.data.Dataset):
             raise ValueError(f"batch_size={config.batch_size} is less than {world} ranks x "
                              f"grad_accum={config.grad_accum}; every rank needs an image in every "
                              "micro-batch")
+        check_shared_memory(config, self.area * config.batch_size // parts)
         self.starts = np.cumsum(self.sizes) - self.sizes  # row of the run that begins each step
 
     def __len__(self):
@@ -109,28 +117,35 @@ class TrainingData(torch.utils.data.Dataset):
         of `area` patches per image."""
         images, ids, skipped = [], [], []
         for row, k, index in self.dealt(start, rows):
-            source = self.sources[k]
-            readable = im.read_or_skip(
-                (self.address(row, k, index, attempt) for attempt in range(TRIES)),
-                read=lambda address, source=source: self.sample(source, *address, area),
-                name=lambda address, source=source: source.shards.name(address[0]), skipped=skipped)
-            found = next(readable, None)
-            if found is None:
-                raise ValueError(
-                    f"{TRIES} samples in a row of {source.path} ({source.kind}) could not be read, "
-                    f"the last: {skipped[-1]}; check the shards, and the caption kind in "
-                    "--data=PATH:KIND:WEIGHT")
-            pixels, token_ids = found[1]
+            pixels, token_ids = self.row(row, k, index, area, skipped)
             images.append(pixels)
             ids.append(token_ids)
         return collate(images, ids, area, self.config.patch_size, rows, size, skipped)
+
+    def row(self, row, k, index, area, skipped):
+        """(pixels, token ids) of row `row` of the run, which is row `index` of source k.
+
+        Raises: OSError if for minutes no sample of the source could be read.
+        """
+        source = self.sources[k]
+        for i, pause in enumerate((*PAUSES, 0)):
+            addresses = (self.address(row, k, index, i * TRIES + t) for t in range(TRIES))
+            readable = im.read_or_skip(
+                addresses, read=lambda address: self.sample(source, *address, area),
+                name=lambda address: source.shards.name(address[0]), skipped=skipped)
+            for _, found in readable:
+                return found
+            time.sleep(pause)
+        raise OSError(f"{TRIES * (i + 1)} samples in a row of {source.path} ({source.kind}) could "
+                      f"not be read, the last: {skipped[-1]}; check the disk and the shards, and "
+                      "start again: the run goes on from its last checkpoint")
 
     def address(self, row, k, index, attempt):
         """(sample, random generator for its crop and caption) of row `row`, which is row `index` of
         source k. Later attempts replace a damaged sample by any other of the source."""
         rng = np.random.default_rng([self.config.seed, 2, row, attempt])
         if attempt:
-            return int(rng.integers(len(self.sources[k].shards))), rng
+            return self.sources[k].sample(int(rng.integers(len(self.sources[k])))), rng
         return sample_of(self.sources, self.config.seed, k, index), rng
 
     def sample(self, source, sample, rng, area):
@@ -208,7 +223,8 @@ def read_in_order(source, config, tokenizer, count, accept=None):
         return evaluation_pixels(image, config), token_ids
 
     skipped = []
-    readable = im.read_or_skip(range(len(source.shards)), read, source.shards.name, skipped)
+    samples = map(source.sample, range(len(source)))
+    readable = im.read_or_skip(samples, read, source.shards.name, skipped)
     found = list(islice(((sample, value) for sample, value in readable if value), count))
     images, ids = ([value[i] for _, value in found] for i in (0, 1))
     return images, ids, [sample for sample, _ in found], skipped
@@ -220,12 +236,21 @@ def describe(data):
     if len(data.sources) > 1:
         lines.append(f"a mixture of {len(data.sources)} sources, their weights scaled to sum to 1:")
     for source in data.sources:
-        epochs = rows * source.weight / len(source.shards)
+        epochs = rows * source.weight / len(source)
+        all_samples = len(source.shards)
+        some = f" of {all_samples:,}" if len(source) < all_samples else ""
         bad = {reason: n for reason, n in source.shards.report.items() if n}
-        lines.append(f"{source.path} ({source.kind}): {len(source.shards):,} samples, "
+        lines.append(f"{source.path} ({source.kind}): {len(source):,}{some} samples, "
                      f"{source.weight:.1%} of the mixture, {epochs:.1f} epochs"
                      + (f"; skipped: {bad}" if bad else ""))
+        lines += capped(source.shards.damaged)
     return lines
+
+
+def capped(lines, most=10):
+    """Lines for the screen: the first `most`, and how many there are beyond them."""
+    more = len(lines) - most
+    return [*lines[:most], f"... and {more:,} more"] if more > 0 else list(lines)
 
 
 def make_loader(data, first, num_workers, pin):
@@ -239,9 +264,45 @@ def make_loader(data, first, num_workers, pin):
     """
     if num_workers == 0:
         return read_in_thread(data, first, pin)
-    return iter(torch.utils.data.DataLoader(
+    return read_in_workers(torch.utils.data.DataLoader(
         data, batch_size=None, sampler=range(first, len(data)), num_workers=num_workers,
-        pin_memory=pin, prefetch_factor=4, worker_init_fn=start_worker))
+        pin_memory=pin, prefetch_factor=PREFETCH, worker_init_fn=start_worker))
+
+
+def check_shared_memory(config, patches, folder="/dev/shm"):
+    """Raise ValueError if the batches that workers read ahead do not fit into shared memory.
+
+    Containers have 64 MB of it by default, and a worker that finds no room is killed.
+
+    Args: patches: in a micro-batch.
+    """
+    if not config.num_workers or not os.path.isdir(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    need = (patches * config.patch_dim * config.num_workers * PREFETCH
+            * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if need > free:
+        raise ValueError(
+            f"num_workers={config.num_workers} needs {need / 1e6:,.0f} MB of shared memory, and "
+            f"{folder} has {free / 1e6:,.0f} MB free: use --num_workers=0 (a thread reads), fewer "
+            "workers, or start the container with --shm-size=16g")
+
+
+def read_in_workers(loader):
+    """The batches of a DataLoader; an error of a worker ends in one line, without its traceback."""
+    batches = iter(loader)
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        # torch's handler raises wherever the run happens to be; `next` notices within 5 seconds
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    failure = None
+    while not failure:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except (ValueError, OSError, RuntimeError) as error:
+            failure = str(error).strip().splitlines()[-1]
+    raise OSError(f"a data worker failed: {failure}; --num_workers=0 reads without workers")
 
 
 def read_in_thread(data, first, pin, depth=2):

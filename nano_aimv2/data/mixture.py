@@ -2,18 +2,21 @@
 
 - A *mixture* of sources is dealt in rounds of 1,000 rows. Each round has every source's exact
   share, shuffled.
-- Row i of a source is entry i of its *epochs*: seeded permutations of all its samples, evaluated
-  one index at a time. Nothing is shuffled in memory, and every sample comes once per epoch.
+- A source consists of the samples that have captions of its kind. Row i of it is entry i of its
+  *epochs*: seeded permutations of these samples, evaluated one index at a time. Nothing is shuffled
+  in memory, and every sample comes once per epoch.
 
 Pipeline: shards -> **(source, sample) of each row** -> batches. Source: paper Table 2. Lesson: 07.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from nano_aimv2.data.shards import Shards
+from nano_aimv2.data.tar_index import captions_in
 
 ROUND = 1000  # rows in which every source gets its exact share
 KINDS = ("alt", "synthetic")
@@ -21,12 +24,19 @@ KINDS = ("alt", "synthetic")
 
 @dataclass
 class Source:
-    """One part of a mixture: `shards` read for captions of `kind`, with `weight`."""
+    """One part of a mixture: those samples of `shards` that have captions of `kind`."""
 
     path: str
     kind: str
     weight: float
     shards: Shards = None
+
+    def __len__(self):
+        return self.shards.index.count(self.kind)
+
+    def sample(self, i):
+        """The index within `shards` of the source's sample i."""
+        return self.shards.index.nth(self.kind, i)
 
 
 def parse_mixture(text):
@@ -36,19 +46,20 @@ def parse_mixture(text):
     """
     sources = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        path, *rest = part.rsplit(":", 2)
-        if len(rest) == 1 and rest[0] not in KINDS:
-            raise ValueError(f"data part {part!r}: caption kind {rest[0]!r} must be one of "
+        # A single letter before a slash is a drive: C:\\photos:alt:1
+        path, kind, weight = re.fullmatch(r"([A-Za-z]:[\\/].*?|.*?)(?::([^:]*))?(?::([^:]*))?",
+                                          part, re.DOTALL).groups()
+        kind, weight = ("alt" if kind is None else kind), ("1" if weight is None else weight)
+        if not path or kind not in KINDS:
+            raise ValueError(f"data part {part!r}: caption kind {kind!r} must be one of "
                              f"{', '.join(KINDS)}; write path:kind:weight")
-        kind, weight = (rest + ["alt", "1"][len(rest):])[:2]
         try:
             weight = float(weight)
         except ValueError:
-            raise ValueError(f"data part {part!r}: weight {weight!r} must be a number above "
-                             "0") from None
-        if kind not in KINDS or not 0 < weight < float("inf"):
-            raise ValueError(f"data part {part!r}: write path:kind:weight, kind one of "
-                             f"{', '.join(KINDS)} and weight above 0")
+            weight = float("nan")
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data part {part!r}: weight {part.rpartition(':')[2]!r} must be a "
+                             "number above 0; write path:kind:weight")
         sources.append(Source(path, kind, weight))
     if not sources:
         raise ValueError(f"data={text!r} names no source; write --data=path:kind:weight,...")
@@ -61,16 +72,28 @@ def largest_source(text):
     return max(parse_mixture(text), key=lambda source: source.weight)
 
 
-def open_sources(text, split="train"):
-    """A mixture with its shards opened. A folder with a subfolder `split` (as data/pack.py writes)
-    stands for that subfolder."""
+def open_sources(text, split="train", gather=None):
+    """A mixture with its shards opened.
+
+    A folder with a subfolder `split` (as data/pack.py writes) stands for that subfolder.
+
+    Args: gather: see `tar_index.open_index`.
+    Raises: ValueError if no sample of a source has captions of its kind.
+    """
     opened, sources = {}, []
     for source in parse_mixture(text):
         inside = Path(source.path) / split
         path = str(inside) if inside.is_dir() else source.path
         if path not in opened:
-            opened[path] = Shards(path)
-        sources.append(replace(source, path=path, shards=opened[path]))
+            opened[path] = Shards(path, gather)
+        source = replace(source, path=path, shards=opened[path])
+        if not len(source):
+            index = source.shards.index
+            kinds = ", ".join(f"{kind} ({index.count(kind):,})" for kind in index.kinds)
+            raise ValueError(f"{path}: none of its {len(source.shards):,} samples has a caption of "
+                             f"kind {source.kind!r}; they have {kinds or 'none at all'}: correct "
+                             "--data=PATH:KIND:WEIGHT")
+        sources.append(source)
     return sources
 
 
@@ -126,10 +149,10 @@ def permuted(i, size, key):
 
 def sample_of(sources, seed, k, index):
     """The sample, within the shards of source k, that the source's row `index` reads."""
-    size = len(sources[k].shards)
+    size = len(sources[k])
     epoch, position = divmod(index, size)
     key = np.random.SeedSequence([seed, 3, k, epoch]).generate_state(1, np.uint64)[0]
-    return permuted(position, size, int(key))
+    return sources[k].sample(permuted(position, size, int(key)))
 
 
 def pick_caption(source, sample, rng=None):
@@ -139,8 +162,7 @@ def pick_caption(source, sample, rng=None):
     """
     if source.kind == "alt":
         return source.shards.alt_text(sample)
-    captions = source.shards.metadata(sample).get("synthetic") or []
-    captions = [captions] if isinstance(captions, str) else captions
+    captions = captions_in(source.shards.metadata(sample).get(source.kind))
     if not captions:
-        raise ValueError("no synthetic caption in its .json")
+        raise ValueError(f"no {source.kind} caption in its .json")
     return captions[int(rng.integers(len(captions))) if rng else 0]

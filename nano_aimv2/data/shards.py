@@ -2,10 +2,8 @@
 
 WebDataset's layout: the members of one sample share a name and differ in the extension, `cat.jpg`,
 `cat.txt` (alt-text) and optionally `cat.json` ({"synthetic": ["...", ...], "label": 3, ...}).
-img2dataset writes the same, so its output is read as it is. Each tar is read once from end to end
-to find where its members lie. The offsets go into a small index file beside it, which later runs
-map into
-memory: any sample is then two or three reads away, and memory does not grow with the data.
+img2dataset writes the same, so its output is read as it is. The index (tar_index.py) says where
+each member lies: any sample is two or three reads away, however many tars there are.
 
 Pipeline: **tar -> (image bytes, caption)** -> batches. Lesson: 07.
 """
@@ -16,14 +14,13 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
-import numpy as np
-
+from nano_aimv2.data.tar_index import IMAGE_EXTENSIONS, REASONS, VERSION, open_index
 from nano_aimv2.files import replacing
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-VERSION = 2  # of the index files
+NAMED = 3  # damaged tars that a report names
 
 
 def find_shards(path):
@@ -42,32 +39,57 @@ def find_shards(path):
     return found
 
 
+def index_file(path):
+    """Where the index of `path` lies: (folder, file). In the folder, or beside a single tar; one
+    for each pattern."""
+    name = f"shards.v{VERSION}.idx"
+    if os.path.isdir(path):
+        return path, os.path.join(path, name)
+    if os.path.isfile(path):
+        return os.path.dirname(path), f"{path}.v{VERSION}.idx"
+    folder = path
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    pattern = os.path.relpath(path, folder or ".")
+    return folder, os.path.join(folder, f"{zlib.crc32(pattern.encode()):08x}.{name}")
+
+
 class Shards:
     """Random access to the samples of one or many tars: `len(shards)`, `shards.image(i)`,
     `.alt_text(i)`, `.metadata(i)`.
 
-    `report` counts what the tars hold besides whole samples: {reason: count}.
+    `report` counts what the tars hold besides whole samples: {reason: count}; `damaged` names the
+    first tars that were not read to their end; `fingerprint` changes with the tars' content, not
+    with their place.
+
+    Args: path: see `find_shards`; gather: see `open_index`.
     """
 
-    def __init__(self, path):
-        self.paths = find_shards(path)
-        self.indexes = [load_index(p) for p in self.paths]
-        self.ends = np.cumsum([len(index) - 1 for index in self.indexes])
-        self.report = {reason: int(sum(index[0, 2 + i] for index in self.indexes))
-                       for i, reason in enumerate(REASONS)}
+    def __init__(self, path, gather=None):
+        paths = find_shards(path)
+        self.folder, file = index_file(path)
+        names = [os.path.relpath(p, self.folder or ".") for p in paths]
+        self.index = open_index(self.folder, names, file, gather)
+        tars = self.index.tars
+        self.fingerprint = self.index.fingerprint
+        self.report = {reason: sum(tar.counts[reason] for tar in tars) for reason in REASONS}
+        self.damaged = [
+            f"{os.path.join(self.folder, tar.name)}: {tar.note or 'damaged'} "
+            f"({tar.counts['bytes not read']:,} of {tar.size:,} bytes not read)" for tar in tars
+            if tar.note or tar.counts["bytes not read"] or tar.counts["tar cut short"]]
         if not len(self):
-            raise ValueError(f"data path {path!r} holds {len(self.paths)} tar files but no sample: "
-                             f"{self.report}; a sample is an image (.jpg .png .webp) and a .txt or "
-                             ".json of the same name")
+            why = "; ".join([str(self.report), *self.damaged[:NAMED]])
+            raise ValueError(f"data path {path!r} holds {len(paths)} tar files but no sample: "
+                             f"{why}; a sample is an image ({', '.join(IMAGE_EXTENSIONS)}) and a "
+                             ".txt or .json of the same name")
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.index.masks)
 
     def locate(self, i):
-        """Sample i as (path, row of the index)."""
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        first = int(self.ends[shard - 1]) if shard else 0
-        return self.paths[shard], self.indexes[shard][1 + i - first]
+        """Sample i as (path of its tar, row of the index behind the tar's number)."""
+        tar, *row = self.index.members[i].tolist()
+        return os.path.join(self.folder, self.index.tars[tar].name), row
 
     def image(self, i):
         """The image file of sample i, as bytes."""
@@ -95,82 +117,29 @@ class Shards:
     def name(self, i):
         """Tar and member of sample i, for messages."""
         path, row = self.locate(i)
-        header = self.read(path, row[0] - 512, 100)
+        try:
+            header = self.read(path, row[0] - 512, 100)
+        except OSError:  # this may be why the name is asked for
+            return f"{path}: sample {i}"
         return f"{path}:{header.split(bytes(1))[0].decode('utf-8', 'replace')}"
 
     def read(self, path, offset, size):
         """Some bytes of a tar. It is opened anew each time: a read at random among thousands of
         tars would seldom find its own among those that can be kept open."""
         with open(path, "rb", buffering=0) as file:
-            file.seek(int(offset))
-            return file.read(int(size))
-
-
-REASONS = ("image without caption", "caption without image", "duplicate key", "tar cut short")
-
-
-def load_index(path):
-    """The index of a tar, from its index file or made now: i64[1 + samples, 6].
-
-    Row 0: tar size, tar mtime in ns, then counts of REASONS. Other rows: offset and size of image,
-    text and json (0: absent).
-    """
-    status = os.stat(path)
-    saved = f"{path}.v{VERSION}.idx.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # absent or damaged: make it again
-        index = np.load(saved, mmap_mode="r")
-        is_index = index.dtype == np.int64 and index.shape[1:] == (6,)
-        if is_index and tuple(index[0, :2]) == (status.st_size, status.st_mtime_ns):
-            return index
-    index = make_index(path, status)
-    # A read-only or full disk: the index then lives in memory.
-    with contextlib.suppress(OSError), replacing(saved) as temporary, open(temporary, "wb") as file:
-        np.save(file, index)
-    return index
-
-
-def make_index(path, status):
-    """Read a tar from end to end. A tar that is cut short gives the samples before the cut."""
-    samples, counts = {}, dict.fromkeys(REASONS, 0)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                add_member(member, samples, counts, status.st_size)
-    except tarfile.ReadError:
-        counts["tar cut short"] += 1
-    rows = []
-    for row in samples.values():
-        if not row[0]:
-            counts["caption without image"] += 1
-        elif not (row[2] or row[4]):
-            counts["image without caption"] += 1
-        else:
-            rows.append(row)
-    return np.array([[status.st_size, status.st_mtime_ns, *counts.values()], *rows], dtype=np.int64)
-
-
-def add_member(member, samples, counts, tar_size):
-    """Note where one member of a tar lies: `samples` is {key: row of the index}."""
-    key, _, extension = member.name.rpartition(".")
-    extension = extension.lower()
-    column = 0 if extension in IMAGE_EXTENSIONS else {"txt": 2, "json": 4}.get(extension)
-    if column is None or not member.isfile():
-        return
-    if member.offset_data + member.size > tar_size:
-        raise tarfile.ReadError("unexpected end of data")
-    row = samples.setdefault(key, [0] * 6)
-    if row[column]:
-        counts["duplicate key"] += 1
-    else:
-        row[column : column + 2] = member.offset_data, member.size
+            file.seek(offset)
+            return file.read(size)
 
 
 def decode_text(data):
-    """Caption bytes to text: UTF-8, else Latin-1 (which any byte string is)."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+    """Caption bytes to text: UTF-8, or UTF-16 with a byte-order mark, else Windows-1252."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode("utf-16")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")  # five bytes are undefined in Windows-1252
 
 
 class ShardWriter:

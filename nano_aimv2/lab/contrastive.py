@@ -199,14 +199,14 @@ def is_finished(config):
         raise ValueError(f"run folder {folder} holds a run of train.py: choose another --run_dir")
     if not (folder / "model.safetensors").exists():
         return False
-    checkpoint.claim_run(config)
+    checkpoint.check_run(config)
     checkpoint.load_model(folder, kind=CLIP)
     return True
 
 
 def main(argv):
     # Settings
-    config = read_config(argv)
+    config = checkpoint.recorded(read_config(argv))
     runtime = distributed.start(config.device, config.dtype, "none", config.compile)
     if runtime.dtype == torch.float16:
         raise ValueError("dtype=float16 would need a loss scaler, which the contrastive baseline "
@@ -224,7 +224,7 @@ def main(argv):
 
     # Model and optimizer
     torch.manual_seed(config.seed)
-    checkpoint.begin_run(config, tokenizer, runtime)
+    checkpoint.begin_run(config, data, runtime)
     model = distributed.parallelize(CLIP(config), runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
     parameters = sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ Lesson: 08.
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -52,6 +53,11 @@ class Runtime:
         """Each rank holds only a slice of the weights."""
         return self.parallel in ("fsdp", "hybrid")
 
+    def settings(self):
+        """Device, precision, parallelism and compilation as settings of a Config."""
+        return dict(device=self.device.type, dtype=str(self.dtype).removeprefix("torch."),
+                    parallel=self.parallel, compile=str(self.compile).lower())
+
     def autocast(self):
         """Matmuls in `dtype`, everything that needs it in float32."""
         enabled = self.dtype != torch.float32
@@ -65,13 +71,21 @@ class Runtime:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value):
+        """The `value` of every rank, in the order of the ranks: any object that can be pickled."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
 
 
 def start(device="auto", dtype="auto", parallel="auto", compile="auto"):
-    """Join the other processes, choose device and precision.
+    """Join the other processes, choose device and precision. Rank 0 chooses the precision of all.
 
     Raises: ValueError if the machine does not have what is asked for.
     """
@@ -91,12 +105,14 @@ def start(device="auto", dtype="auto", parallel="auto", compile="auto"):
                          "--parallel=ddp, fsdp or hybrid")
     elif parallel != "none" and world == 1:
         parallel = "none"  # one process has nothing to share
-    dtype = getattr(torch, choose_dtype(dtype, device))
+    dtypes = [choose_dtype(dtype, device) if rank == 0 else None]  # by timing, on a CPU
+    if world > 1:
+        dist.broadcast_object_list(dtypes)
     compiled = device.type == "cuda" if compile == "auto" else compile == "true"
     if compiled and sys.platform == "win32":
         print("torch.compile needs a compiler that Windows does not have: running without it")
         compiled = False
-    return Runtime(rank, world, device, dtype, parallel, compiled)
+    return Runtime(rank, world, device, getattr(torch, dtypes[0]), parallel, compiled)
 
 
 def single_process(device="cpu"):
@@ -158,14 +174,21 @@ def leave(failure=None):
 
 
 class StopRequest:
-    """SIGTERM as a flag: `asked` is True once somebody asked this process to stop."""
+    """SIGTERM or Ctrl-C as a flag: `asked` is True once somebody asked this process to stop.
+
+    A second Ctrl-C ends it at once, but not within two seconds: torchrun passes on the first one,
+    which a terminal has already sent to every process.
+    """
 
     def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.ask)
+        self.asked, self.again_from = False, math.inf
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
 
-    def ask(self, *_):
-        self.asked = True
+    def ask(self, number, _):
+        if number == signal.SIGINT and time.monotonic() > self.again_from:
+            os._exit(128 + number)
+        self.asked, self.again_from = True, min(self.again_from, time.monotonic() + 2)
 
 
 class ReadLater:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nano_aimv2.data.batches import capped
 from nano_aimv2.files import write_text
 from nano_aimv2.training.distributed import ReadLater
 
@@ -96,7 +97,7 @@ class Progress:
 
     def __init__(self, config, runtime, first_step, flops=train_flops):
         self.config, self.runtime, self.flops_of_pair = config, runtime, flops
-        self.skipped, self.log = 0, None
+        self.skipped, self.skipped_lines, self.log = 0, [], None
         if runtime.is_main:
             self.log = MetricsLog(Path(config.run_dir) / "metrics.jsonl", first_step)
         self.bar = tqdm(total=config.steps, initial=first_step, unit="step",
@@ -131,12 +132,14 @@ class Progress:
         config, done = self.config, step + 1
         for batch in batches:
             self.count(batch)
-            for line in batch.skipped:
-                tqdm.write(f"step {step}: skipped {line}")  # by the rank that read it
+            self.skipped_lines += [f"step {step}: skipped {line}" for line in batch.skipped]
         self.steps += 1
         self.bar.update()
         if done % config.log_every and done != config.steps:
             return
+        for line in capped(self.skipped_lines):
+            tqdm.write(line)  # by the rank that read it
+        self.skipped_lines = []
         row = dict(step=done, **losses(), lr=lr, grad_norm=float(grad_norm), **self.rates())
         if self.log:
             self.log.write(**row)
