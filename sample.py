@@ -13,11 +13,15 @@ from pathlib import Path
 
 from nano_aimv2 import generate
 from nano_aimv2.data.batches import evaluation_pixels, pad_patches
-from nano_aimv2.data.images import open_image
+from nano_aimv2.data.images import STILL_FORMATS, open_image
 from nano_aimv2.flags import check_at_least, read_flags, run_command
 from nano_aimv2.lab.plots import completions, held_out_samples, samples_page
 from nano_aimv2.training.checkpoint import load_model
 from nano_aimv2.training.distributed import choose_device
+
+# Flags of one kind of output exclude those of the others.
+OUTPUTS = ({"prompt", "temperature", "top_k", "top_p", "seed", "max_tokens"}, {"choices"},
+           {"complete"})
 
 
 @dataclass
@@ -40,25 +44,35 @@ class Options:
         if not 0 <= self.complete < 1:
             raise ValueError(f"--complete={self.complete} must be a fraction of the image, at "
                              "least 0 and below 1")
-        check_at_least(self, max_tokens=0, size=0)
+        check_at_least(self, max_tokens=0, size=0, seed=0)
 
 
 def main(argv):
-    options = Options(**read_flags(argv, Options, doc=__doc__)[0])
+    given = read_flags(argv, Options, doc=__doc__)[0]
+    options = Options(**given)
+    names = [name for name in options.image.split(",") if name]
+    about_image = given.keys() - {"run_dir", "image", "out", "device"}
+    if about_image and not names:
+        raise ValueError(f"--{min(about_image)} needs an image: add --image=FILE")
+    outputs = [min(given.keys() & flags) for flags in OUTPUTS if given.keys() & flags]
+    if len(outputs) > 1:
+        raise ValueError(f"--{outputs[0]} and --{outputs[1]} exclude each other: leave one out")
     device = choose_device(options.device)
     folder = Path(options.run_dir)
-    if not options.image:
+    if not names:
         out = options.out or folder / "samples.png"
         samples_page(*held_out_samples(folder, device=device), out,
                      f"{folder.name}: images it has never seen")
         print(f"written: {out}")
         return
     model, config, tokenizer = load_model(folder, device)
-    config = replace(config, image_size=options.size or config.image_size)
-    names = [name for name in options.image.split(",") if name]
+    try:
+        config = replace(config, image_size=options.size or config.image_size)
+    except ValueError as error:
+        raise ValueError(str(error).replace("image_size", "size")) from None
     images = [read_image(name, config) for name in names]
     patches, grid = (tensor.to(device) for tensor in pad_patches(images, config.patch_size))
-    if options.choices:
+    if "choices" in given:
         rank_choices(model, patches, grid, tokenizer, names, options.choices)
     elif options.complete:
         out = options.out or folder / "complete.png"
@@ -90,7 +104,7 @@ def rank_choices(model, patches, grid, tokenizer, names, choices):
 def read_image(name, config):
     """An image file as the model sees it: u8[H, W, 3]. Raises ValueError naming the file."""
     try:
-        return evaluation_pixels(open_image(name), config)
+        return evaluation_pixels(open_image(name, STILL_FORMATS), config)
     except FileNotFoundError:
         raise ValueError(f"image {name!r} does not exist: give an image file, "
                          "--image=FILE") from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano_aimv2.files import write_text
-from nano_aimv2.flags import check_at_least, check_choice, nearest, read_flags
+from nano_aimv2.flags import as_text, check_at_least, check_choice, nearest, parse, read_flags
 
 CHOICES = {
     "positions": ("sincos", "learned"), "prefix": ("random", "causal", "full"),
@@ -45,7 +45,7 @@ class Config:
     max_tokens: int = 32  # a caption with its end token is cut here
     tokenizer: str = "toy.tiktoken"  # a rank file, or the name of a tiktoken encoding such as gpt2
     vocab_size: int = 768  # at least the tokenizer's; the rest is padding that is never predicted
-    crop_scale: float = 1.0  # RandomResizedCrop keeps at least this share of the area; 1: all
+    crop_scale: float = 1.0  # a random crop's least share of area; 1: centre square (native: all)
     flip: bool = False  # mirror half of the images; falsifies captions that say left or right
     pixel_mean: tuple = (0.485, 0.456, 0.406)  # of ImageNet, as in Apple's training code
     pixel_std: tuple = (0.229, 0.224, 0.225)  # likewise
@@ -71,7 +71,7 @@ class Config:
     grad_accum: int = 1  # micro-batches per step and rank
     lr: float = 6e-4  # peak learning rate
     min_lr: float = 1e-5  # where the cosine ends
-    warmup_steps: int = 100  # steps of linear warm-up
+    warmup_steps: int = 100  # linear warm-up; a run of fewer steps does not reach the peak
     weight_decay: float = 1e-4  # fully decoupled, as in the paper: multiplied by lr_t / lr
     beta_1: float = 0.9  # AdamW
     beta_2: float = 0.95  # AdamW
@@ -98,10 +98,9 @@ class Config:
         if not self.run_dir:
             object.__setattr__(self, "run_dir", f"runs/{self.preset}")
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            is_right = isinstance(value, (int, float) if kind is float else kind)
-            if not is_right or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}")
+            value = getattr(self, field.name)
+            if parse(field.name, as_text(value), field.type) != value:  # what a flag can say
+                raise ValueError(f"{field.name}={value!r} must be of type {field.type.__name__}")
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         check_at_least(self, **AT_LEAST)
@@ -132,9 +131,7 @@ class Config:
 
         Raises: ValueError on an unknown preset or setting, or a value that breaks a rule.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are "
-                             f"{', '.join(PRESETS)}")
+        check_choice("preset", preset, PRESETS)
         names = [field.name for field in dataclasses.fields(cls)]
         for name in overrides:
             if name not in names:
@@ -172,14 +169,15 @@ class Config:
 def rules(c):
     """Rules that settings keep with each other: yields (whether it is kept, what to say if not)."""
     for name in ("lr", "clip_grad"):
-        value = getattr(c, name)
-        yield 0 < value < float("inf"), f"{name}={value} must be a number above 0"
+        yield getattr(c, name) > 0, f"{name}={getattr(c, name)} must be a number above 0"
+    yield c.min_lr <= c.lr, (
+        f"min_lr={c.min_lr} must be at most lr={c.lr}, its peak: try --min_lr={c.lr / 100:g}")
     yield 0 < c.crop_scale <= 1, (
-        f"crop_scale={c.crop_scale} must be above 0 and at most 1 (1 keeps the whole image)")
-    fix = max(2, c.image_size // c.patch_size) * c.patch_size
-    yield c.image_size % c.patch_size == 0 and c.image_size > c.patch_size, (
+        f"crop_scale={c.crop_scale} must be above 0 and at most 1 (1: no random crop)")
+    fix = min(max(2, c.image_size // c.patch_size), 256) * c.patch_size
+    yield c.image_size == fix, (
         f"image_size={c.image_size} must be a multiple of patch_size={c.patch_size}, and at least "
-        f"twice it: try --image_size={fix}")
+        f"twice it (at most 256 times): try --image_size={fix}")
     for width, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
         D, num_heads = getattr(c, width), getattr(c, heads)
         yield D % num_heads == 0, f"{width}={D} must be a multiple of {heads}={num_heads}"

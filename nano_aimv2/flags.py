@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 from pathlib import Path
@@ -91,11 +92,14 @@ def parse(name, text, kind):
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is tuple:
-            return tuple(float(part) for part in text.split(",")) if text else ()
-        return kind(text)
+            return tuple(parse(name, part, float) for part in text.split(",")) if text else ()
+        value = kind(text)
+        if kind is float and not math.isfinite(value):  # nan would pass limits such as `x < 0`
+            raise ValueError
+        return value
     except (ValueError, KeyError):
-        rules = {bool: "true or false", int: "a whole number", float: "a number",
-                 tuple: "numbers with commas between"}
+        rules = {bool: "true or false", int: "a whole number", float: "a number, not nan or inf",
+                 tuple: "numbers with commas between, not nan or inf"}
         raise ValueError(f"--{name}={text} must be {rules[kind]}") from None
 
 
@@ -131,8 +135,16 @@ def check_at_least(settings, **least):
             raise ValueError(f"{name}={getattr(settings, name)} must be at least {value}")
 
 
+def safe_console():
+    """Let a file name be printed that the console cannot show: its characters become \\uXXXX."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_command(main):
     """Run a command's `main(argv)`; a user's mistake ends in one line on stderr and exit code 1."""
+    safe_console()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:

@@ -5,9 +5,8 @@ one token after another.
 
 *Completions*: given the first M patches, patch M is predicted, turned into pixels and fed back
 through the encoder and the decoder, and so on. M stays fixed, so only later queries ever attend to
-a later
-patch: what the caches hold never changes, in the encoder's causal region as in the decoder. A
-prediction is a normalised patch; the statistics head adds its mean and deviation (model.py).
+a later patch: what the caches hold never changes, in the encoder's causal region as in the decoder.
+A prediction is a normalised patch; the statistics head adds its mean and deviation (model.py).
 Regression is deterministic: there is no temperature for pixels.
 
 Lesson: 09.
@@ -33,15 +32,9 @@ def make_caches(trunk, capacity):
     return [KVCache(capacity) for _ in trunk.blocks]
 
 
-def by_size(grid):
-    """[(n, rows of the batch that have n patches)]: what is generated together has one length."""
-    num_patches = grid.prod(dim=1)
-    return [(int(n), (num_patches == n).nonzero()[:, 0]) for n in num_patches.unique()]
-
-
 def choose(logits, temperature, top_k, top_p, generator):
-    """logits f[B, V] -> next tokens i64[B]: the likeliest at temperature 0, else sampled."""
-    if temperature == 0:
+    """logits f[B, V] -> next tokens i64[B]: sampled, or below temperature 1e-6 the likeliest."""
+    if temperature < 1e-6:  # float32 logits lie further apart, and their quotient overflows
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -64,8 +57,9 @@ def caption(model, patches, grid, tokenizer, prompt="", temperature=0.0, top_k=0
     Args:
         model: AIMv2; patches: u8[B, A, P], raw pixels; grid: i64[B, 2], (rows, cols); tokenizer:
             the run's; prompt: text to continue.
-        temperature: 0 is greedy; top_k: sample from the k likeliest tokens, 0 from all; top_p: from
-            the likeliest that together have this probability; seed: random seed for sampling.
+        temperature: below 1e-6 greedy; top_k: sample from the k likeliest tokens, 0 from all;
+            top_p: from the likeliest that together have this probability; seed: random seed for
+            sampling.
         max_tokens: length at which to stop, at most the model's.
     Returns: [Caption] in the order of the images; the text begins with the prompt.
     Raises: ValueError if the prompt fills max_tokens, or a sampling setting is out of range.
@@ -73,14 +67,16 @@ def caption(model, patches, grid, tokenizer, prompt="", temperature=0.0, top_k=0
     limit = min(max_tokens or model.config.max_tokens, model.config.max_tokens)
     prompt_ids = tokenizer.encode_prompt(prompt)
     if len(prompt_ids) >= limit:
-        raise ValueError(f"prompt {prompt!r} has {len(prompt_ids)} tokens; at most {limit - 1} fit")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} and top_k={top_k} must be at least 0, "
-                         f"top_p={top_p} in (0, 1]")
+        raise ValueError(f"prompt {prompt!r} has {len(prompt_ids)} tokens; at most {limit - 1} fit "
+                         "and leave one to generate: shorten it")
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature={temperature} and top_k={top_k} must be numbers of at least "
+                         f"0, top_p={top_p} in (0, 1]")
     pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p,
                    generator=torch.Generator().manual_seed(seed))
-    results = [None] * len(patches)
-    for n, rows in by_size(grid):
+    results, num_patches = [None] * len(patches), grid.prod(dim=1)
+    for n in num_patches.unique().tolist():  # what is generated together has one length
+        rows = (num_patches == n).nonzero()[:, 0]
         features = model.encoder(patches[rows, :n], grid[rows])
         ids, log_probs = decode_tokens(model.decoder, features, prompt_ids, limit, tokenizer, pick)
         for i, row in enumerate(rows.tolist()):

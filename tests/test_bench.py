@@ -1,5 +1,7 @@
 """The bench and the budget: what is counted and printed."""
 
+import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +83,19 @@ def test_flags_of_the_budget_need_dry_run():
 
 
 # The bench
+
+
+def test_without_the_module_resource_peak_memory_is_not_known(monkeypatch):
+    """As on Windows."""
+    cpu = torch.device("cpu")
+    if importlib.util.find_spec("resource"):
+        assert float(bench.peak_memory(cpu).removesuffix(" GiB")) > 0.1
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it raises ImportError
+    assert bench.peak_memory(cpu) == "memory not known"
+
+
+def test_the_bench_is_imported_without_the_module_resource():
+    run_script("-c", "import sys; sys.modules['resource'] = None; import nano_aimv2.lab.bench")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 
 from nano_aimv2.config import PRESETS, Config, swiglu_hidden
 from nano_aimv2.flags import field_notes
+from nano_aimv2.training.optim import lr_at
 
 
 def test_presets_build_and_overrides_replace():
@@ -25,14 +26,18 @@ def test_flags_are_read_by_type():
 
 @pytest.mark.parametrize("flags, message", [
     (["--stepz=3"], r"unknown flag --stepz \(did you mean --steps\?\)"),
-    (["--preset=larg"], r"unknown preset 'larg' \(did you mean large\?\)"),
+    (["--preset=larg"], r"preset='larg' must be one of toy, .*\(did you mean large\?\)"),
     (["--steps=ten"], "--steps=ten must be a whole number"),
     (["--steps=1.5"], "--steps=1.5 must be a whole number"),
     (["--lr=fast"], "--lr=fast must be a number"),
     (["--flip=maybe"], "--flip=maybe must be true or false"),
     (["--batch_size=0"], "batch_size=0 must be at least 1"),
     (["--lr=0"], "lr=0.0 must be a number above 0"),
-    (["--lr=nan"], "lr=nan"),
+    (["--lr=nan"], "--lr=nan must be a number, not nan or inf"),
+    (["--lr=1e-6"], "min_lr=1e-05 must be at most lr=1e-06, its peak: try --min_lr=1e-08"),
+    (["--min_lr=1"], "min_lr=1.0 must be at most lr=0.0006, its peak: try --min_lr=6e-06"),
+    (["--image_size=12"], "image_size=12 must be a multiple .*: try --image_size=24"),
+    (["--image_size=100000"], r"image_size=100000 must be .*\(at most 256 times\).*=3072"),
     (["--dtype=bf16"], r"dtype='bf16' must be one of .*did you mean bfloat16"),
     (["--image_size=50"], "image_size=50 must be a multiple of patch_size=12.*--image_size=48"),
     (["--num_heads=5"], "embed_dim=192 must be a multiple of num_heads=5"),
@@ -50,6 +55,34 @@ def test_a_wrong_flag_says_value_rule_and_fix(flags, message):
         Config.from_flags(flags)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)
+                                  if field.type in (float, tuple)])
+def test_no_number_may_be_nan_or_inf(name, bad):
+    """However it comes in: nan passes comparisons such as `value < 0`."""
+    value = getattr(Config, name)
+    value = (bad, *value[1:]) if isinstance(value, tuple) else bad
+    with pytest.raises(ValueError, match=f"{name}=(nan|-?inf).* not nan or inf"):
+        Config.from_preset("toy", **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", "12"), ("steps", 12.0), ("steps", True), ("flip", 1), ("lr", "1e-3"), ("lr", True),
+    ("data", None), ("run_dir", 3), ("pixel_mean", [0.1, 0.2, 0.3]), ("pixel_std", ("a", "b", "c")),
+    ("native_area", 3.0)])
+def test_a_setting_has_the_type_of_its_field(name, value):
+    with pytest.raises(ValueError, match=name):
+        Config.from_preset("toy", **{name: value})
+    assert Config.from_preset("toy", lr=1, pixel_mean=(0, 0, 0)).lr == 1
+
+
+def test_a_run_shorter_than_its_warm_up_is_a_rising_learning_rate():
+    config = Config.from_preset("toy", steps=20, warmup_steps=100)
+    rates = [lr_at(step, config.lr, config.min_lr, config.warmup_steps, config.steps)
+             for step in range(config.steps)]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(config.lr / 5)
+
+
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit) as stop:
         Config.from_flags(["--help"])
@@ -60,6 +93,7 @@ def test_help_explains_every_setting(capsys):
         assert f"--{field.name}=" in text
         assert notes[field.name].split()[0] in text, f"{field.name} has no help"
     assert "global gradient norm" in text
+    assert "1: centre square (native: all)" in " ".join(text.split())
     for name, (about, settings) in PRESETS.items():
         assert f"  {name} " in text and about in text
         assert Config.from_preset(name).steps == settings.get("steps", Config.steps)

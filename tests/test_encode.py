@@ -44,7 +44,7 @@ def test_the_command_writes_features_and_images_and_skips_damaged_files(tmp_path
                       "--joint=true", cwd=ROOT)
     assert "3 images encoded" in done.stdout
     assert "2 skipped" in done.stdout
-    assert "cut.jpg: UnidentifiedImageError: cannot identify image file" in done.stderr
+    assert "cut.jpg: ValueError: not a whole file of JPEG, PNG, WEBP, AVIF" in done.stderr
     assert "gone.png: FileNotFoundError: [Errno 2] No such file" in done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         [f"p{i}.{ending}" for i in range(3) for ending in ("npz", "png")] + ["joint.png"])
@@ -117,3 +117,25 @@ def test_nothing_readable_is_a_failure_and_learned_positions_refuse_an_area(tmp_
         encode.main([f"--weights={fixed}", str(tmp_path / "gone.png"), f"--out={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="learned positions, which fit images of 20 px only"):
         encode.main([f"--weights={fixed}", "gone.png", "--area=30", f"--out={tmp_path / 'out'}"])
+
+
+@pytest.mark.slow
+def test_a_damaged_image_with_a_chinese_name_is_named_on_any_console(tmp_path, fixed):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    random_image(photos / "\u72d7.png", 24, 24)
+    (photos / "\u732b.png").write_bytes(b"no image")
+    done = run_script("-m", "nano_aimv2.lab.encode", f"--weights={fixed}", photos,
+                      f"--out={tmp_path / 'out'}", env={"PYTHONIOENCODING": "cp1252"})
+    assert "1 image encoded" in done.stdout and "1 skipped" in done.stdout
+    assert "\\u732b.png: ValueError: not a whole file" in done.stderr
+    assert (tmp_path / "out/\u72d7.npz").exists()
+
+
+def test_the_usual_still_formats_are_encoded(tmp_path, fixed):
+    names = ["a.bmp", "b.gif", "c.tiff", "d.webp", "e.jpeg", "f.png"]
+    for name in names:
+        random_image(tmp_path / name, 30, 24)
+    encode.main([f"--weights={fixed}", str(tmp_path), f"--out={tmp_path / 'out'}", "--draw=false",
+                 "--device=cpu"])
+    assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == [name[0] for name in names]

@@ -1,7 +1,9 @@
 """One grammar for the command lines of all commands."""
 
 import importlib
+import io
 import re
+import sys
 from dataclasses import dataclass, field, fields
 
 import pytest
@@ -15,6 +17,8 @@ from nano_aimv2.flags import (
     field_notes,
     nearest,
     read_flags,
+    run_command,
+    safe_console,
 )
 
 
@@ -92,7 +96,12 @@ def test_a_boolean_is_true_or_false(word, value):
     (["--steps=1.5"], "--steps=1.5 must be a whole number"),
     (["--steps="], "--steps= must be a whole number"),
     (["--rate=fast"], "--rate=fast must be a number"),
+    (["--rate=nan"], "^--rate=nan must be a number, not nan or inf$"),
+    (["--rate=-inf"], "--rate=-inf must be a number, not nan or inf"),
+    (["--rate=1e999"], "--rate=1e999 must be a number, not nan or inf"),
     (["--sizes=48,x"], "--sizes=48,x must be numbers with commas between"),
+    (["--sizes=48,nan"], "^--sizes=48,nan must be numbers with commas between, not nan or inf$"),
+    (["--sizes=48,"], "--sizes=48, must be numbers with commas between"),
     (["--flip=yes"], "^--flip=yes must be true or false$"),
     (["--flip=1"], "--flip=1 must be true or false"),
     (["--flip=0"], "--flip=0 must be true or false"),
@@ -144,6 +153,42 @@ def test_choices_and_limits_name_the_value_and_the_rule():
         check_at_least(Options(steps=0), steps=1)
     with pytest.raises(ValueError, match="rate=nan must be at least 0"):
         check_at_least(Options(rate=float("nan")), rate=0)
+
+
+# The console
+
+
+@pytest.mark.parametrize("encoding, shown", [
+    ("cp1252", "caf\xe9 \\u732b"), ("ascii", "caf\\xe9 \\u732b"), ("utf-8", "caf\xe9 \u732b")])
+def test_a_name_that_the_console_cannot_show_is_printed_with_escapes(encoding, shown, monkeypatch):
+    screens = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    for stream, screen in zip(("stdout", "stderr"), screens, strict=True):
+        monkeypatch.setattr(sys, stream, screen)
+
+    def main(argv):
+        print("caf\xe9 \u732b", flush=True)
+        raise ValueError("caf\xe9 \u732b")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    print(stop.value.code.partition(": ")[2], file=sys.stderr, flush=True)
+    for screen in screens:
+        assert screen.buffer.getvalue().decode(encoding).strip() == shown
+
+
+def test_a_name_that_is_not_text_is_printed_with_escapes(monkeypatch):
+    """What Linux makes of a Latin-1 file name."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", screen)
+    safe_console()
+    print(b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), flush=True)
+    assert screen.buffer.getvalue().strip() == b"caf\\udce9.jpg"
+
+
+def test_a_stream_that_cannot_be_changed_is_left_alone(monkeypatch):
+    for stream in (io.StringIO(), None):  # a notebook's, and that of a program without a console
+        monkeypatch.setattr(sys, "stdout", stream)
+        safe_console()
 
 
 # Every command
@@ -221,3 +266,13 @@ def test_no_command_reads_its_words_by_itself():
             code = path.read_text(encoding="utf-8")
             assert "argparse." not in code, f"{path.name} parses flags by itself"
             assert code.count("sys.argv[") == code.count("main(sys.argv[1:])"), path.name
+
+
+@pytest.mark.parametrize("words, shown", [
+    (["-c", "import data.scenes; print(data.scenes.__doc__)"], "scenes"),
+    pytest.param(["train.py", "--dry_run=true"], "parameters", marks=pytest.mark.slow),
+    pytest.param(["data/scenes.py", "--help"], "--out", marks=pytest.mark.slow)])
+def test_an_installed_package_named_data_does_not_hide_ours(words, shown, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/__init__.py").write_text("raise ImportError('the other data')\n")
+    assert shown in run_script(*words, env={"PYTHONPATH": str(tmp_path)}).stdout

@@ -4,8 +4,17 @@ import math
 
 import pytest
 import torch
-from helpers import caption_without_caches, complete_without_caches, random_batch, tiny_config
+from helpers import (
+    ROOT,
+    caption_without_caches,
+    complete_without_caches,
+    random_batch,
+    run_script,
+    tiny_config,
+)
+from PIL import Image
 
+import sample
 from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.generate import caption, choose, complete, score, teacher_forced
 from nano_aimv2.model import AIMv2
@@ -134,8 +143,28 @@ def test_sampling_repeats_with_its_seed(model):
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-40, 1e-7])
+def test_a_temperature_near_zero_is_greedy(model, temperature):
+    batch = random_batch(model.config)
+    greedy = caption(model, batch.patches, batch.grid, TOKENIZER)
+    cold = caption(model, batch.patches, batch.grid, TOKENIZER, temperature=temperature, seed=5)
+    assert [c.ids for c in cold] == [c.ids for c in greedy]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1e6, 1e38])
+@pytest.mark.parametrize("top", [{"top_k": 0, "top_p": 1.0}, {"top_k": 2, "top_p": 0.5}])
+def test_every_temperature_that_samples_gives_a_token(temperature, top):
+    logits = torch.tensor([[-300.0, 1e5, 0.0, 1e5], [30.0, -30.0, 0.0, 1.0]])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        token = choose(logits, temperature, generator=generator, **top)
+        assert bool(((token >= 0) & (token < 4)).all())
+
+
 @pytest.mark.parametrize("settings, message", [
-    ({"prompt": "red " * 50}, "tokens; at most 23 fit"), ({"temperature": -1}, "temperature=-1"),
+    ({"prompt": "red " * 50}, "tokens; at most 23 fit and leave one to generate: shorten it"),
+    ({"temperature": -1}, "temperature=-1"), ({"temperature": math.nan}, "temperature=nan"),
+    ({"temperature": math.inf}, "temperature=inf"), ({"top_p": math.nan}, "top_p=nan"),
     ({"top_p": 0}, "top_p=0"), ({"top_k": -2}, "top_k=-2")])
 def test_bad_sampling_settings_are_refused(model, settings, message):
     batch = random_batch(model.config)
@@ -155,3 +184,53 @@ def test_an_empty_choice_is_refused(model):
     with pytest.raises(ValueError, match="empty caption"):
         score(model, batch.patches, batch.grid, TOKENIZER, ["a cat", " "])
     assert math.isfinite(float(score(model, batch.patches, batch.grid, TOKENIZER, ["a cat"])[0]))
+
+
+# sample.py
+
+IMAGE = f"--image={ROOT}/lessons/figures/toy_samples.png"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([IMAGE, "--size=22"], r"^size=22 must be a multiple of patch_size=4.*: try --size=20$"),
+    ([IMAGE, "--size=4"], "^size=4 must be .* at least twice it .*: try --size=8$"),
+    ([IMAGE, "--size=90000"], r"^size=90000 must be .*\(at most 256 times\): try --size=1024$"),
+    (["--image=lessons"], "image 'lessons' cannot be read .*: give a whole JPEG, PNG or WebP file"),
+    ([IMAGE, "--complete=nan"], "--complete=nan must be a number, not nan or inf"),
+    ([IMAGE, "--complete=1"], "--complete=1.0 must be a fraction of the image"),
+    ([IMAGE, "--seed=-1"], "seed=-1 must be at least 0"),
+    ([IMAGE, "--temperature=nan"], "--temperature=nan must be a number, not nan or inf"),
+    ([IMAGE, "--top_p=nan"], "--top_p=nan must be a number, not nan or inf"),
+    ([IMAGE, "--choices="], "empty caption: a caption needs at least one character"),
+    ([IMAGE, "--choices=a||b"], "empty caption: a caption needs at least one character"),
+    ([IMAGE, f"--prompt={'red ' * 50}"], "tokens; at most 23 fit .*: shorten it"),
+    ([IMAGE, "--choices=a|b", "--complete=0.5"], "--choices and --complete exclude each other"),
+    ([IMAGE, "--temperature=1", "--choices=a"], "--temperature and --choices exclude each other"),
+    (["--prompt=red"], "--prompt needs an image: add --image=FILE"),
+    (["--image=,", "--size=24"], "--size needs an image: add --image=FILE"),
+])
+def test_sample_refuses_what_it_cannot_do_or_would_ignore(trained, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message) as error:
+        sample.main([f"--run_dir={trained[0]}", "--device=cpu", *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_sample_reads_the_other_still_formats_and_never_an_eps(trained, tmp_path, capsys):
+    with Image.open(ROOT / "lessons/figures/toy_samples.png") as image:
+        for name, kind in (("a.bmp", "BMP"), ("b.gif", "GIF"), ("c.tif", "TIFF"), ("d.jpg", "EPS")):
+            image.convert("RGB").save(tmp_path / name, kind)
+    flags = [f"--run_dir={trained[0]}", "--device=cpu", "--max_tokens=2"]
+    sample.main([*flags, f"--image={tmp_path}/a.bmp,{tmp_path}/b.gif,{tmp_path}/c.tif"])
+    assert capsys.readouterr().out.count("log-probability") == 3
+    with pytest.raises(ValueError, match="d.jpg' cannot be read .ValueError: not a whole file"):
+        sample.main([*flags, f"--image={tmp_path}/d.jpg"])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])
+def test_a_damaged_image_with_a_chinese_name_ends_in_one_line(trained, tmp_path, encoding):
+    (tmp_path / "\u732b.png").write_bytes(b"no image")
+    done = run_script("sample.py", f"--run_dir={trained[0]}", f"--image={tmp_path}/\u732b.png",
+                      "--device=cpu", env={"PYTHONIOENCODING": encoding}, check=False)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "\\u732b.png' cannot be read" in done.stderr

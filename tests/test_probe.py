@@ -291,7 +291,7 @@ def test_images_without_labels_are_refused_and_damaged_ones_named(tmp_path):
     found, note = probe.read_labelled(tmp_path / "some", config, 2)
     assert found.labels == {"label": ["3", "cat"]} and found.patches.shape == (2, 25, 48)
     assert "2 labelled images; skipped: 1 without exactly one label, 1 unreadable" in note
-    assert "b.png: UnidentifiedImageError" in note
+    assert "b.png: ValueError: not a whole file" in note
     native, _ = probe.read_labelled(tmp_path / "some", tiny_config(native_area=(2, 6)), 2)
     assert np.array_equal(native.patches, found.patches), "native weights get the centre square too"
 

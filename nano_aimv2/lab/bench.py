@@ -159,8 +159,7 @@ def random_batch(config):
 def make_step(config, runtime, model, batch, prefix_len, targets):
     """A function that does with the batch what a step of train.py does."""
     trained = distributed.parallelize(model, runtime)
-    betas = config.beta_1, config.beta_2
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, betas)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
     clipped = clipped_parameters(model)
     batch, prefix_len = batch.to(runtime.device), prefix_len.to(runtime.device)
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nano_aimv2.data.batches import evaluation_pixels, pad_patches
-from nano_aimv2.data.images import open_image, read_or_skip, resize, upright_size
+from nano_aimv2.data.images import STILL_FORMATS, open_image, read_or_skip, resize, upright_size
 from nano_aimv2.flags import check_at_least, read_flags, run_command
 from nano_aimv2.hub import load_encoder
 from nano_aimv2.lab.plots import components_page
@@ -83,7 +83,7 @@ def read_pixels(path, config, area):
 
     Returns: u8[rows*p, cols*p, 3]. An image of fewer patches is not enlarged beyond LEAST_AREA.
     """
-    image = open_image(path)
+    image = open_image(path, STILL_FORMATS)
     if not area:
         return evaluation_pixels(image, config)
     p, (width, height) = config.patch_size, upright_size(image)
