@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -83,6 +84,43 @@ def run_script(*args, cwd=ROOT, check=True, env=None, timeout=300):
         raise AssertionError(f"{args} exited {done.returncode}:\n{done.stdout[-2000:]}\n"
                              f"{done.stderr[-3000:]}")
     return done
+
+
+def start_script(*args, cwd=ROOT, env=None):
+    """Start a script in a process group of its own, as a terminal does, and return at once."""
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env=environment(env),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
+
+
+def free_port():
+    """A port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_ranks(*args, world=2, timeout=120):
+    """Run a script as `world` ranks without a launcher, so that all output is the ranks' own.
+
+    Returns: [(exit code, stdout and stderr as one text)] in the order of the ranks.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    address |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    ranks = [start_script(*args, env={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+             for rank in range(world)]
+    try:
+        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def assert_one_line(done, message):
+    """A command ended because of a user's mistake, and said so in one line."""
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 def run_together(*commands):

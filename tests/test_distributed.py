@@ -4,9 +4,6 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, curve, environment, random_batch, run_script, tiny_config
+from helpers import (
+    ROOT,
+    curve,
+    free_port,
+    random_batch,
+    run_ranks,
+    run_script,
+    start_script,
+    tiny_config,
+)
 from safetensors.torch import load_file
 
 from nano_aimv2.model import AIMv2
@@ -22,12 +28,6 @@ from nano_aimv2.training import distributed
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 slow = pytest.mark.slow
-
-
-def start_script(*args):
-    """Start a script and return at once."""
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=environment(),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,7 @@ def test_two_ranks_train_sharded_in_bfloat16_on_a_cpu(mode, tiny_flags, tmp_path
 def test_hybrid_sharding_over_two_nodes_trains_like_one_process(trained, tiny_flags, tmp_path):
     """Two launchers of one rank each stand for two nodes: whole copies between them, slices
     within."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # the system picks a port that nobody uses
-        port = free.getsockname()[1]
-    folder = tmp_path / "hybrid"
+    folder, port = tmp_path / "hybrid", free_port()
     nodes = [start_script("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                           f"--node_rank={node}", "--master_addr=127.0.0.1",
                           f"--master_port={port}", "train.py", *tiny_flags, "--parallel=hybrid",
@@ -94,15 +91,18 @@ def test_hybrid_sharding_over_two_nodes_trains_like_one_process(trained, tiny_fl
 
 
 @slow
-def test_a_checkpoint_of_two_ddp_ranks_resumes_under_fsdp_and_in_one_process(trained, tiny_flags,
-                                                                             tmp_path):
+def test_the_last_whole_checkpoint_of_two_ddp_ranks_resumes_under_fsdp_and_in_one_process(
+        trained, tiny_flags, tmp_path):
     folder, flags = tmp_path / "run", [*tiny_flags, "--save_every=10", "--keep=9"]
     run_script(*TORCHRUN, "train.py", *flags, "--parallel=ddp", f"--run_dir={folder}")
+    last = folder / "checkpoints/step-00000020/__1_0.distcp"
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
     for launcher, mode in ((TORCHRUN, "fsdp"), ((), "none")):
         copy = shutil.copytree(folder, tmp_path / mode)
-        (copy / "checkpoints/latest").write_text("step-00000010")
         done = run_script(*launcher, "train.py", *flags, f"--parallel={mode}", f"--run_dir={copy}")
-        assert "step 10 of 20" in done.stdout + done.stderr
+        named = done.stdout.count("step-00000020: missing or damaged: __1_0.distcp\n")
+        assert named == 1 and "step 10 of 20" in done.stdout, done.stdout
+        assert f"changed since the last start: parallel=ddp there, {mode} asked for" in done.stdout
         for one, two in zip(curve(trained[0]), curve(copy), strict=True):
             assert one[1:] == pytest.approx(two[1:], abs=1e-4), (mode, one, two)
 
@@ -140,6 +140,102 @@ def test_the_ranks_of_a_start_agree_whatever_the_store_holds_from_an_earlier_one
                               range(4))
             prefixes.append(set(found))
     assert [len(found) for found in prefixes] == [1, 1, 1] and len(set.union(*prefixes)) == 3
+
+
+# A script for `run_ranks`: a rank may stand in another folder, or have another machine's traits.
+RANK_SCRIPT = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+rank = int(os.environ["RANK"])
+"""
+TRAIN = f"""
+if __name__ == "__main__":
+    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+def rank_script(tmp_path, text):
+    path = tmp_path / "script.py"
+    path.write_text(RANK_SCRIPT + text)
+    return path
+
+
+def test_every_rank_gathers_all_values_and_takes_rank_0s_precision(tmp_path):
+    """Two CPUs of which one is faster in bfloat16: `auto` would differ."""
+    script = rank_script(tmp_path, """
+from nano_aimv2.training import distributed
+distributed.bf16_speedup = lambda: 2.0 if rank == 0 else 0.5
+distributed.torch.backends.mkldnn.is_available = lambda: True
+runtime = distributed.start("cpu", "auto")
+print(runtime.gather({"rank": runtime.rank}), runtime.dtype)
+distributed.stop()
+""")
+    expected = "[{'rank': 0}, {'rank': 1}] torch.bfloat16\n"
+    assert run_ranks(script) == [(0, expected)] * 2
+
+
+@slow
+def test_ranks_that_do_not_share_the_run_folder_all_stop_and_claim_nothing(tiny_flags, tmp_path):
+    script = rank_script(tmp_path, f"""
+from nano_aimv2.training import checkpoint
+checkpoint.PATIENCE = 0.5
+os.makedirs({str(tmp_path)!r} + f"/{{rank}}")
+os.chdir({str(tmp_path)!r} + f"/{{rank}}")
+{TRAIN}""")
+    for code, output in run_ranks(script, *tiny_flags, "--run_dir=here/run"):
+        assert code == 1 and "Traceback" not in output, output
+        assert "run folder here/run: ranks [1] do not see what rank 0 writes there" in output
+        assert "give --run_dir=/PATH on a shared disk" in output
+    assert not list(tmp_path.glob("?/here/run")), "the folder is free for another start"
+
+
+def test_an_error_of_one_rank_while_reading_ends_all_in_one_line_each(tiny_flags, tmp_path):
+    script = rank_script(tmp_path, f"""
+from nano_aimv2.data import batches
+read = batches.TrainingData.read
+def read_or_fail(self, start, *rest):
+    if rank == 1 and start >= 60:
+        raise OSError("the disk is gone")
+    return read(self, start, *rest)
+batches.TrainingData.read = read_or_fail
+{TRAIN}""")
+    (code_0, output_0), (code_1, output_1) = run_ranks(script, *tiny_flags,
+                                                       f"--run_dir={tmp_path}/run")
+    assert (code_0, code_1) == (1, 1), output_0 + output_1
+    assert "Traceback" not in output_0 + output_1, output_0 + output_1
+    assert "train.py: OSError: the disk is gone" in output_1.splitlines()
+    assert "train.py: another rank has ended, and its message says why" in output_0.splitlines()
+
+
+@slow
+def test_ctrl_c_saves_a_run_of_two_ranks_once(tiny_flags, tmp_path):
+    """A terminal sends SIGINT to torchrun and to its ranks, and torchrun passes it on."""
+    folder = tmp_path / "run"
+    launcher = start_script(*TORCHRUN, "train.py", *tiny_flags, "--steps=5000",
+                            "--save_every=100000", f"--run_dir={folder}")
+    while not (folder / "metrics.jsonl").exists() and launcher.poll() is None:
+        time.sleep(0.02)
+    os.killpg(launcher.pid, signal.SIGINT)
+    output, _ = launcher.communicate(timeout=60)
+    assert output.count("asked to stop: saving step") == 1, output
+    step = int((folder / "checkpoints/latest").read_text().removeprefix("step-"))
+    assert f"asked to stop: saving step {step}" in output
+    assert "train.py: " not in output, output
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_within_two_seconds(monkeypatch):
+    now, ended, handlers = [100.0], [], {}
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed.signal, "signal", handlers.__setitem__)
+    request = distributed.StopRequest()
+    assert not request.asked
+    for seconds, number, code in [(0, signal.SIGTERM, []), (0.5, signal.SIGINT, []),
+                                  (1.9, signal.SIGINT, []), (9, signal.SIGTERM, []),
+                                  (9, signal.SIGINT, [130])]:
+        now[0] = 100.0 + seconds
+        handlers[number](number, None)
+        assert request.asked and ended == code, (seconds, number)
 
 
 def test_a_loss_that_is_not_finite_names_step_term_and_samples(tiny_flags, tmp_path):

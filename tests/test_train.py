@@ -5,21 +5,20 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from helpers import (
     ROOT,
+    assert_one_line,
     colour_shares,
     curve,
-    environment,
     full_disk,
     random_batch,
     run_script,
     run_together,
+    start_script,
     tiny_config,
     training_rows,
 )
@@ -32,7 +31,7 @@ from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.model import AIMv2
 from nano_aimv2.training import checkpoint, distributed
 from nano_aimv2.training.checkpoint import load_model
-from nano_aimv2.training.metrics import MetricsLog, read_metrics
+from nano_aimv2.training.metrics import MetricsLog, Progress, read_metrics
 from nano_aimv2.training.optim import lr_at, make_optimizer
 
 RUNTIME = distributed.single_process()
@@ -54,12 +53,6 @@ def assert_close_curves(run, other):
     for one, two in zip(curve(run), curve(other), strict=True):
         tolerance = 1e-4 if one[0] > 5 else 1e-5
         assert one[1:] == pytest.approx(two[1:], abs=tolerance), (other, one, two)
-
-
-def assert_one_line(done, message):
-    """A command ended because of a user's mistake, and said so in one line."""
-    assert done.returncode != 0 and message in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
 
 
 # One run
@@ -123,10 +116,8 @@ def test_data_workers_change_nothing_and_another_seed_does(trained, tiny_flags, 
 def test_a_killed_run_resumes_bit_for_bit(trained, tiny_flags, tmp_path):
     folder = tmp_path / "killed"
     flags = [*tiny_flags, "--save_every=3", f"--run_dir={folder}"]
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "checkpoints/latest").exists() and process.poll() is None:
-        time.sleep(0.02)
+    process = start_script("train.py", *flags)
+    wait_for(folder / "checkpoints/latest", process)
     time.sleep(0.05)
     process.kill()
     process.wait()
@@ -136,22 +127,67 @@ def test_a_killed_run_resumes_bit_for_bit(trained, tiny_flags, tmp_path):
     assert_same_weights(folder, trained[0])
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=slow)])
-def test_sigterm_to_all_its_processes_saves_and_exits_0(workers, tiny_flags, tmp_path):
-    folder = tmp_path / "stopped"
-    flags = [flag for flag in tiny_flags if not flag.startswith("--steps")]
-    flags += ["--steps=5000", "--save_every=100000", f"--num_workers={workers}"]
-    command = [sys.executable, "train.py", *flags, f"--run_dir={folder}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+def wait_for(path, process):
+    while not path.exists() and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=slow)])
+def test_sigterm_or_ctrl_c_to_all_its_processes_saves_and_exits_0(number, workers, tiny_flags,
+                                                                  tmp_path):
+    folder = tmp_path / "stopped"
+    flags = [*tiny_flags, "--steps=5000", "--save_every=100000", f"--num_workers={workers}"]
+    process = start_script("train.py", *flags, f"--run_dir={folder}")
+    wait_for(folder / "metrics.jsonl", process)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "asked to stop" in output, output
     assert "Traceback" not in output, output
     step = int((folder / "checkpoints/latest").read_text().removeprefix("step-"))
     assert step >= 1
+
+
+@slow
+def test_ctrl_c_before_the_first_step_is_one_line(tiny_flags, tmp_path):
+    folder = tmp_path / "run"
+    process = start_script("train.py", *tiny_flags, f"--run_dir={folder}")
+    wait_for(folder, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "Traceback" not in output, output
+
+
+@slow
+def test_short_runs_in_half_precision_learn_and_float16_resumes_bit_for_bit(trained, tiny_flags,
+                                                                            tmp_path):
+    """In float16 the gradient scaler has been changed by overflows when the run is resumed."""
+    flags = [*tiny_flags, "--save_every=10", "--keep=9"]
+    for dtype in ("bfloat16", "float16"):
+        folder = tmp_path / dtype
+        done = run_script("train.py", *flags, f"--dtype={dtype}", f"--run_dir={folder}")
+        assert f"{dtype} matmuls" in done.stdout and "Warning" not in done.stdout + done.stderr
+        whole = curve(folder)
+        assert whole[-1][1] < whole[0][1] - 0.5 and whole[-1][2] < whole[0][2], whole
+        for exact, rough in zip(curve(trained[0]), whole, strict=True):
+            assert rough[1:] == pytest.approx(exact[1:], rel=0.03)
+    (folder / "checkpoints/latest").write_text("step-00000010")
+    done = run_script("train.py", *flags, "--dtype=auto", f"--run_dir={folder}")
+    assert "float16 matmuls" in done.stdout and "step 10 of 20" in done.stdout
+    assert curve(folder) == whole
+
+
+@slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                    reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_short_run_under_torch_compile_has_the_same_losses(scenes, tiny_flags, tmp_path):
+    """Without held-out images, whose captions would be compiled, too."""
+    flags = [*tiny_flags, "--num_blocks=1", "--decoder_blocks=1", "--steps=2",
+             "--max_tokens=8", f"--data={scenes}/train:alt"]
+    for name in ("true", "false"):
+        run_script("train.py", *flags, f"--compile={name}", f"--run_dir={tmp_path}/{name}")
+    assert_close_curves(tmp_path / "true", tmp_path / "false")
+    assert Config.load(tmp_path / "true/config.json").compile == "true"
 
 
 @slow
@@ -226,10 +262,15 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 @slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(mode, trained, tiny_flags, tmp_path):
-    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-               *tiny_flags, f"--parallel={mode}", f"--run_dir={tmp_path}/run")
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                      "train.py", *tiny_flags, f"--parallel={mode}", f"--run_dir={tmp_path}/run")
     assert_close_curves(trained[0], tmp_path / "run")
-    assert colour_shares(tmp_path / "run/samples.png")[HIDDEN] > 0.01
+    assert colour_shares(tmp_path / "run/loss.png")[BLUE] > 0
+    if mode == "ddp":
+        assert colour_shares(tmp_path / "run/samples.png")[HIDDEN] > 0.01
+    else:  # the model may be too large for one rank
+        assert not (tmp_path / "run/samples.png").exists()
+        assert f"python sample.py --run_dir={tmp_path}/run\n" in done.stdout
 
 
 @slow
@@ -344,6 +385,21 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
     MetricsLog(path, 2)
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_skipped_samples_are_shown_ten_between_two_rows_and_counted_all(tmp_path, capsys):
+    config = tiny_config(run_dir=str(tmp_path), log_every=2, steps=5)
+    progress, batch = Progress(config, RUNTIME, 0), random_batch(config)
+    losses = dict.fromkeys(("loss", "loss_text", "loss_image"), 1.0)
+    for step, count in enumerate((7, 6, 0, 1, 2)):
+        batch.skipped = [f"{step}.{i}: broken" for i in range(count)]
+        progress.step(step, [batch], 1e-3, 1.0, lambda: losses)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "oss" not in line]
+    assert lines == [*(f"step 0: skipped 0.{i}: broken" for i in range(7)),
+                     *(f"step 1: skipped 1.{i}: broken" for i in range(3)), "... and 3 more",
+                     "step 3: skipped 3.0: broken",
+                     *(f"step 4: skipped 4.{i}: broken" for i in range(2))]
+    assert [row["skipped"] for row in training_rows(tmp_path)] == [13, 14, 16]
 
 
 def test_bf16_matmuls_stay_close_to_float32():

@@ -233,11 +233,13 @@ def resumable(folder):
 def damaged_files(path, runtime):
     """Names of a checkpoint's files that are missing or not as they were written. Every rank reads
     a part of the files; all return the same names."""
-    checksums, damaged = {}, []
+    text, checksums, damaged = "", {}, []
     with contextlib.suppress(OSError, ValueError, TypeError):
-        checksums = dict(json.loads((path / "checksums.json").read_text(encoding="utf-8")))
-    checksums = runtime.gather(checksums)[0]
-    if not {".metadata", *(file.name for file in path.glob("*.distcp"))} <= checksums.keys():
+        text = (path / "checksums.json").read_text(encoding="utf-8")
+        checksums = dict(json.loads(text))
+    text, checksums = runtime.gather((text, checksums))[0]
+    files = {".metadata", *(file.name for file in path.glob("*.distcp"))}
+    if text != json.dumps(checksums) or not files <= checksums.keys():
         damaged.append("checksums.json")
     for name in sorted(checksums)[runtime.rank :: runtime.world]:
         try:

@@ -264,8 +264,8 @@ def parallelize(model, runtime):
             block.compile()
     if runtime.parallel == "ddp":
         ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
     if runtime.is_sharded:
         shard(model, blocks, runtime)
     return model
