@@ -19,6 +19,7 @@ from nano_aimv2.config import Config
 from nano_aimv2.data.batches import TrainingData, describe, make_loader
 from nano_aimv2.data.mixture import parse_mixture
 from nano_aimv2.data.tokenizer import tokenizer_of
+from nano_aimv2.flags import safe_console
 from nano_aimv2.lab import budget, plots
 from nano_aimv2.model import AIMv2
 from nano_aimv2.prefix_mask import step_prefix_len
@@ -41,7 +42,7 @@ def main(argv):
     runtime.barrier()
     tokenizer = tokenizer_of(config)
     data = TrainingData(config, tokenizer, runtime.rank, runtime.world, runtime.gather)
-    held_out = held_out_sets(config, tokenizer, config.eval_images)
+    held_out = held_out_sets(config, tokenizer, config.eval_images, runtime.gather)
     metrics.say(runtime, *describe(data), *describe_held_out(held_out))
 
     # Model and optimizer: from random weights, another run's, or this run's last checkpoint
@@ -162,6 +163,7 @@ def draw_results(config, runtime, has_samples):
 
 
 if __name__ == "__main__":
+    safe_console()
     failure = None
     try:
         main(sys.argv[1:])

@@ -28,9 +28,9 @@ def draw_areas(seed, steps, low, high):
     return np.floor(2.0**exponent + 1e-9).astype(np.int64)
 
 
-def batch_sizes(areas, patches_per_batch, parts):
-    """Images of each step, i64[steps]: B = C // A, at least one per rank and micro-batch."""
-    return np.maximum(patches_per_batch // areas, parts)
+def batch_sizes(areas, patches_per_batch):
+    """Images of each step, i64[steps]: B = C // A, at least one."""
+    return np.maximum(patches_per_batch // areas, 1)
 
 
 def best_grid(width, height, area):

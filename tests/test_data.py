@@ -276,8 +276,8 @@ def test_a_json_that_is_damaged_later_is_skipped_and_named(tmp_path):
     content = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(content.replace(b'"two"', b"'two'"))
     config = tiny_config()
-    found = read_in_order(source, config, Tokenizer(config.tokenizer), 5)
-    assert found[2] == [0] and "b.png: ValueError: unreadable JSON" in found[3][0]
+    (record,), (skipped,) = read_in_order(source, config, Tokenizer(config.tokenizer), 5)
+    assert record.sample == 0 and "b.png: ValueError: unreadable JSON" in skipped
 
 
 def test_a_source_without_the_captions_asked_for_says_which_there_are(tmp_path):
@@ -361,11 +361,11 @@ def test_evaluation_reads_in_order_skips_damaged_samples_and_names_them(tmp_path
         ("c.png", png(3, (40, 30))), ("c.txt", b"three")])
     config = tiny_config()
     (source,) = open_sources(f"{tmp_path}:alt")
-    images, ids, samples, skipped = read_in_order(source, config, Tokenizer(config.tokenizer), 10)
-    assert samples == [0, 2] and len(ids) == 2
-    assert [image.shape for image in images] == [(20, 20, 3)] * 2
+    records, skipped = read_in_order(source, config, Tokenizer(config.tokenizer), 10)
+    assert [record.sample for record in records] == [0, 2]
+    assert [record.pixels.shape for record in records] == [(20, 20, 3)] * 2
     assert len(skipped) == 1 and "b.png" in skipped[0]
-    assert read_in_order(source, config, Tokenizer(config.tokenizer), 1)[2] == [0]
+    assert len(read_in_order(source, config, Tokenizer(config.tokenizer), 1)[0]) == 1
 
 
 def test_a_held_out_sample_with_a_broken_json_is_skipped_and_the_run_goes_on(tmp_path):

@@ -19,6 +19,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,18 +70,23 @@ class TrainingData(torch.utils.data.Dataset):
         self.config, self.tokenizer = config, tokenizer
         self.rank, self.world = rank, world
         self.sources = open_sources(config.data, gather=gather)
-        parts = world * config.grad_accum
         self.area = (config.image_size // config.patch_size) ** 2
+        whole, least, native = self.area * config.batch_size, config.batch_size, ""
         if config.native_area:
             self.areas = draw_areas(config.seed, config.steps, *config.native_area)
-            self.sizes = batch_sizes(self.areas, self.area * config.batch_size, parts)
+            self.sizes = batch_sizes(self.areas, whole)
+            native = f", native_area={','.join(map('{:g}'.format, config.native_area))}"
+            least = max(1, int(whole // 2 ** config.native_area[1]))
         else:
             self.areas, self.sizes = None, np.full(config.steps, config.batch_size)
-        if config.batch_size < parts:
-            raise ValueError(f"batch_size={config.batch_size} is less than {world} ranks x "
-                             f"grad_accum={config.grad_accum}; every rank needs an image in every "
-                             "micro-batch")
-        check_shared_memory(config, self.area * config.batch_size // parts)
+        parts = world * config.grad_accum
+        if least < parts:  # a batch never depends on how it is split
+            raise ValueError(f"the smallest batch has {least} images (batch_size="
+                             f"{config.batch_size}{native}), fewer than {world} ranks x "
+                             f"grad_accum={config.grad_accum}, and every rank needs an image in "
+                             "every micro-batch: use fewer ranks, a smaller grad_accum or a larger "
+                             "batch_size")
+        check_shared_memory(config, whole // parts)
         self.starts = np.cumsum(self.sizes) - self.sizes  # row of the run that begins each step
 
     def __len__(self):
@@ -207,27 +213,33 @@ def collate(images, ids, area, p, rows, size, skipped=()):
     return Batch(*pad_patches(images, p, area), tokens, num_tokens, rows, size, list(skipped))
 
 
+class Record(NamedTuple):
+    """A held-out sample in the evaluation view."""
+
+    pixels: np.ndarray  # u8[H, W, 3]
+    token_ids: list
+    sample: int  # its index in the source's shards
+    label_name: object  # from its .json; None without one
+
+
 def read_in_order(source, config, tokenizer, count, accept=None):
-    """The first `count` readable samples of a source in order, in the evaluation view.
+    """The first `count` readable samples of a source in order.
 
     Args: accept: accept(PIL image) says whether to take a sample.
-    Returns: (pixels of each u8[H, W, 3], token ids of each, their indexes in `source.shards`, names
-        and reasons of those that were skipped).
+    Returns: ([Record], names and reasons of those that were skipped).
     """
     def read(sample):
-        source.shards.metadata(sample)  # holds the label's name: a broken .json shall show up here
+        label_name = source.shards.metadata(sample).get("label_name")
         token_ids = tokenizer.encode(pick_caption(source, sample), config.max_tokens)
         image = im.open_image(source.shards.image(sample))
         if accept and not accept(image):
             return None
-        return evaluation_pixels(image, config), token_ids
+        return Record(evaluation_pixels(image, config), token_ids, sample, label_name)
 
     skipped = []
     samples = map(source.sample, range(len(source)))
     readable = im.read_or_skip(samples, read, source.shards.name, skipped)
-    found = list(islice(((sample, value) for sample, value in readable if value), count))
-    images, ids = ([value[i] for _, value in found] for i in (0, 1))
-    return images, ids, [sample for sample, _ in found], skipped
+    return list(islice((record for _, record in readable if record), count)), skipped
 
 
 def describe(data):
@@ -300,8 +312,8 @@ def read_in_workers(loader):
             yield next(batches)
         except StopIteration:
             return
-        except (ValueError, OSError, RuntimeError) as error:
-            failure = str(error).strip().splitlines()[-1]
+        except Exception as error:  # a killed worker leaves half a message behind
+            failure = (str(error) or type(error).__name__).strip().splitlines()[-1]
     raise OSError(f"a data worker failed: {failure}; --num_workers=0 reads without workers")
 
 

@@ -14,7 +14,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nano_aimv2.data.images import open_image, upright_size
+from nano_aimv2.data.batches import capped
+from nano_aimv2.data.images import open_image, read_or_skip, upright_size
 from nano_aimv2.data.mixture import open_sources
 from nano_aimv2.files import write_text
 from nano_aimv2.flags import read_flags, run_command
@@ -48,10 +49,13 @@ def across_sizes(runs, sizes, source, count, device="cpu"):
     Returns: [{run, size, shape, images, loss_text, loss_image, caption_exact, ...}].
     Raises: ValueError if a size is not a multiple of a run's patch size.
     """
-    ratios = [side_ratio(open_image(source.shards.image(i))) for i in range(len(source.shards))]
+    skipped, rows = [], []
+    readable = read_or_skip(map(source.sample, range(len(source))),
+                            lambda i: side_ratio(open_image(source.shards.image(i))),
+                            source.shards.name, skipped)
+    ratios = [ratio for _, ratio in readable]
     present = {name: (low, high) for name, (low, high) in SHAPES.items()
                if any(low < ratio <= high for ratio in ratios)}
-    rows = []
     for run in runs:
         model, config, tokenizer = load_model(run, device)
         runtime = single_process(device)
@@ -61,11 +65,15 @@ def across_sizes(runs, sizes, source, count, device="cpu"):
             evaluation = Evaluation(
                 source, view, tokenizer, count, one_grid=True,
                 accept=lambda image, low=low, high=high: low < side_ratio(image) <= high)
+            skipped += evaluation.skipped
             text, image = evaluation.losses(model, runtime)
             scores = evaluation.caption_scores(model, runtime)
             rows.append(dict(run=Path(run).name, size=size, shape=name,
                              images=len(evaluation.captions), loss_text=text, loss_image=image,
                              **scores))
+    by_name = {line.split(": ")[0]: line for line in skipped}
+    for line in capped(list(by_name.values())):
+        print(f"skipped: {line}")
     return rows
 
 
