@@ -9,18 +9,22 @@ of a caption file has
 
     file        the image, relative to the folder or zip
     caption     its alt-text; or `captions`, a list: first the alt-text, then synthetic captions
-    synthetic   optional: longer captions, a list (in a csv: with | between)
+    synthetic   optional: longer captions, a list (in a csv: with | between); a string is one
     label       optional: a class number, and `label_name`, for probes
 
 Whether an image goes into train/ or val/ depends only on a hash of its file name, so it stays there
-when images are added. Images that cannot be read or have no caption are skipped; manifest.json
-counts them by reason and names the first hundred.
+when images are added. Images that cannot be read or have no caption, and rows that are not as
+above, are skipped; manifest.json counts them by reason and names the first hundred. Every row is
+packed or counted.
 """
 
+import codecs
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -29,20 +33,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script finds the package
-from nano_aimv2.data.images import open_image, to_rgb  # noqa: E402
-from nano_aimv2.data.shards import IMAGE_EXTENSIONS, ShardWriter, decode_text  # noqa: E402
+from nano_aimv2.data.images import STILL_FORMATS, open_image, to_rgb  # noqa: E402
+from nano_aimv2.data.shards import ShardWriter, decode_text  # noqa: E402
 from nano_aimv2.files import replacing  # noqa: E402
 from nano_aimv2.flags import check_at_least, read_flags, run_command  # noqa: E402
 
+csv.field_size_limit(2**31 - 1)  # 131,072 characters are too few for some captions
 NAMED = 100  # skipped images that the manifest names
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # other formats are packed as JPEG
+# Pillow's format: the extension in the shard. Other formats are packed as JPEG.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+MOST_LINES = 50  # of one row of a csv
+IN_FLIGHT = 1024, 2**28  # images and bytes that are in memory at a time
 
 
 @dataclass
@@ -83,18 +91,30 @@ class Sample:
 
 
 def open_source(path):
-    """The Files of a folder or zip. Raises ValueError if `path` is neither."""
+    """The Files of a folder or zip, without what a Mac adds (__MACOSX, ._name).
+
+    Raises: ValueError if `path` is neither, or a damaged zip.
+    """
     if os.path.isdir(path):
         folder = Path(path)
-        paths = (p for p in folder.rglob("*") if p.is_file())
-        return Files(sorted(p.relative_to(folder).as_posix() for p in paths),
-                     lambda name: (folder / name).read_bytes())
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        return Files(wanted(names), lambda name: (folder / name).read_bytes())
     if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = (i.filename for i in archive.infolist() if not i.is_dir())
-        return Files(sorted(n for n in names if not n.startswith("__MACOSX")), archive.read)
-    why = "is neither a folder nor a zip" if os.path.exists(path) else "does not exist"
+        try:
+            archive = zipfile.ZipFile(path)
+            names = [i.filename for i in archive.infolist() if not i.is_dir()]
+        except Exception as error:  # zipfile fails in many ways
+            raise ValueError(f"source {str(path)!r} is a damaged zip ({error}): copy or download "
+                             "it again") from error
+        return Files(wanted(names), archive.read)
+    why = "is neither a folder nor a whole zip" if os.path.exists(path) else "does not exist"
     raise ValueError(f"source {str(path)!r} {why}: give a folder or a .zip of images")
+
+
+def wanted(names):
+    """The names sorted, without what a Mac adds."""
+    return sorted(name for name in names
+                  if not name.startswith("__MACOSX") and not Path(name).name.startswith("._"))
 
 
 def read_captions(files, captions, skipped):
@@ -103,8 +123,12 @@ def read_captions(files, captions, skipped):
     if name is None:
         yield from captions_beside(files, skipped)
         return
-    text = decode_text(Path(captions).read_bytes() if captions else files.read(name))
-    for number, row in parse_rows(str(name), text):
+    try:
+        data = Path(captions).read_bytes() if captions else files.read(name)
+    except Exception as error:  # a damaged or encrypted zip, a name misspelt
+        raise ValueError(f"{name} cannot be read ({error}): give a .jsonl or .csv of captions "
+                         "that can, --captions=FILE") from error
+    for number, row in parse_rows(str(name), lines_of(data), set(files.names)):
         checked = check_row(row)
         if checked:
             yield checked
@@ -114,56 +138,145 @@ def read_captions(files, captions, skipped):
 
 def captions_beside(files, skipped):
     """Captions from the .txt beside each image: yields (name, {"caption"})."""
-    texts = {name: name.rpartition(".")[0] + ".txt" for name in files.names if is_image(name)}
-    existing, wanted = set(files.names), set(texts.values())
-    for name in files.names:
-        if name in texts and texts[name] in existing:
-            yield name, {"caption": decode_text(files.read(texts[name])).strip()}
-        elif name in texts:
+    stems = {name: name.rpartition(".")[0] for name in files.names}
+    texts = {stems[name]: name for name in files.names if name.lower().endswith(".txt")}
+    used = set()
+    for name in filter(is_image, files.names):
+        used.add(stems[name])
+        if stems[name] not in texts:
             skipped.append((name, "no caption"))
-        elif name.endswith(".txt") and name not in wanted:
-            skipped.append((name, "caption without picture"))
+            continue
+        try:
+            text = clean_text(decode_text(files.read(texts[stems[name]])))
+        except Exception as error:  # a damaged or encrypted zip, a file without read permission
+            skipped.append((texts[stems[name]], type(error).__name__))
+            continue
+        if text is None:
+            skipped.append((texts[stems[name]], "unreadable caption"))
+        else:
+            yield name, {"caption": text}
+    skipped += [(text, "caption without image") for stem, text in texts.items() if stem not in used]
 
 
-def parse_rows(name, text):
-    """(line number, row) of each row of a caption file; the row is None if it is not valid JSON."""
-    if name.endswith(".csv"):
-        for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 2):
-            row = {column: cell for column, cell in cells.items() if column and cell}
-            if "synthetic" in row:
-                row["synthetic"] = row["synthetic"].split("|")
-            yield number, row
+def lines_of(data):
+    """The lines of a caption file. Each is decoded alone: a damaged byte changes no other line."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return decode_text(data).split("\n")
+    return [decode_text(line) for line in data.split(b"\n")]
+
+
+def parse_rows(name, lines, existing):
+    """(line number, row) of each row of a caption file; the row is None if it cannot be read.
+
+    Args: name: says the format, JSON lines or csv; existing: names of the images.
+    Raises: ValueError if a csv does not begin with the names of its columns.
+    """
+    if not name.lower().endswith(("json", "jsonl")):
+        yield from parse_csv(name, lines, existing)
         return
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 yield number, None
+
+
+def parse_csv(name, lines, existing):
+    """`parse_rows` of a csv: a row that cannot be read changes no other.
+
+    A caption in quotes may go over several lines. So may, by mistake, one whose closing quote is
+    missing: a line within it that names an image is taken for a row of its own.
+    """
+    columns = [column.strip() for column in cells_of(lines[:1]) or []]
+    named = [column for column in columns if column]
+    if ("file" not in named or not {"caption", "captions", "synthetic"} & set(named)
+            or len(set(named)) < len(named)):
+        raise ValueError(f"{name}: its first line, {lines[0][:60]!r}, must name the columns, each "
+                         "once and with commas between: file,caption and perhaps "
+                         "synthetic,label,label_name")
+    where, first = columns.index("file"), 1
+    while first < len(lines):
+        end, cells = first + 1, None
+        while end <= min(len(lines), first + MOST_LINES):
+            cells = cells_of(lines[first:end])
+            if cells is not None or (end < len(lines)
+                                     and names_image(lines[end], where, existing)):
+                break
+            end += 1
+        if cells is None:  # not even over several lines
+            end = first + 1
+        row = None
+        if cells is not None and len(cells) == len(columns):
+            row = {column: cell for column, cell in zip(columns, cells, strict=True) if cell}
+            if "synthetic" in row:
+                row["synthetic"] = row["synthetic"].split("|")
+        if cells is None or any(cell.strip() for cell in cells):  # not an empty line
+            yield first + 1, row
+        first = end
+
+
+def cells_of(lines):
+    """The cells of one csv record, over one or several lines; None if it is not exactly one."""
+    try:
+        (cells,) = csv.reader([line.removesuffix("\r") + "\n" for line in lines], strict=True) \
+            if any(line.strip() for line in lines) else [[]]
+    except (csv.Error, ValueError):
+        return None
+    return cells
+
+
+def names_image(line, where, existing):
+    """Whether cell `where` of a line of a csv, taken alone, is the name of an image."""
+    name = "".join(line.split(",")[where : where + 1]).strip().strip('"').removeprefix("./")
+    return name in existing or is_image(name)
 
 
 def check_row(row):
     """A row of a caption file as (name, fields); None if it is not as the top of this file says."""
-    if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+    if not isinstance(row, dict) or not clean_text(row.get("file")):
         return None
-    captions = row.get("captions") or [row.get("caption") or ""]
-    synthetic = row.get("synthetic") or []
-    if not are_texts(captions) or not are_texts(synthetic):
+    given = [row[k] for k in ("captions", "caption") if row.get(k) not in (None, "", [])]
+    texts = [*as_list(given[0] if given else ""), *as_list(row.get("synthetic"))]
+    texts = [clean_text(text) for text in texts]
+    label, label_name = row.get("label"), row.get("label_name")
+    if isinstance(label, str):  # from a csv
+        with contextlib.suppress(ValueError):
+            label = int(label)
+    if type(label_name) in (int, float) and abs(label_name) < math.inf:
+        label_name = str(label_name)
+    label_name = clean_text("" if label_name is None else label_name)
+    if None in (*texts, label_name) or not (label is None or type(label) is int):
         return None
-    alt_text, *longer = [caption.strip() for caption in captions + synthetic]
-    fields = {k: row[k] for k in ("label", "label_name") if k in row}
-    if isinstance(fields.get("label"), str) and fields["label"].isdigit():
-        fields["label"] = int(fields["label"])
+    alt_text, *longer = texts
+    fields = {"synthetic": [text for text in longer if text], "label": label,
+              "label_name": label_name}
     return row["file"].removeprefix("./"), {
-        "caption": alt_text, "synthetic": [caption for caption in longer if caption], **fields}
+        "caption": alt_text, **{k: v for k, v in fields.items() if v not in (None, "")}}
 
 
-def are_texts(values):
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+def as_list(value):
+    """A list of captions: one that is not in a list is the only one; None stands for no caption."""
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
+
+
+def clean_text(value):
+    """A text without blanks around it; None if it is not one, or cannot be stored as UTF-8."""
+    if not isinstance(value, str) or "\0" in value:
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return None
+    return value.strip()
 
 
 def is_image(name):
-    return name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS
+    """Whether the extension of a file is that of an image which can be packed."""
+    extension = os.path.splitext(name)[1].lower()
+    return Image.registered_extensions().get(extension) in STILL_FORMATS
 
 
 def read_samples(files, captions, skipped):
@@ -171,7 +284,7 @@ def read_samples(files, captions, skipped):
     existing, seen = set(files.names), set()
     for name, fields in read_captions(files, captions, skipped):
         if name not in existing:
-            skipped.append((name, "caption without picture"))
+            skipped.append((name, "caption without image"))
         elif name in seen:
             skipped.append((name, "named twice"))
         elif not fields["caption"] and not fields.get("synthetic"):
@@ -191,7 +304,7 @@ def prepare(sample, size):
     shrunk or its format is not among EXTENSIONS.
     """
     try:
-        image = open_image(sample.image)
+        image = open_image(sample.image, STILL_FORMATS)
         extension = EXTENSIONS.get(image.format)
         is_large = size and min(image.size) > size
         if extension and not is_large:
@@ -208,11 +321,16 @@ def prepare(sample, size):
         return replace(sample, image=b"", error=type(error).__name__)
 
 
-def in_parallel(pool, function, items, block=1024):
-    """`function` of each item, in order; only a block of items is in memory at a time."""
-    items = iter(items)
-    while some := list(islice(items, block)):
-        yield from pool.imap(function, some, chunksize=16)
+def in_parallel(pool, function, samples):
+    """`function` of each Sample, in order; only those of IN_FLIGHT are in memory at a time."""
+    block, size = [], 0
+    for sample in samples:
+        block.append(sample)
+        size += len(sample.image)
+        if len(block) == IN_FLIGHT[0] or size >= IN_FLIGHT[1]:
+            yield from pool.imap(function, block, chunksize=16)
+            block, size = [], 0
+    yield from pool.imap(function, block, chunksize=16)
 
 
 def write_shards(folder, samples, val, samples_per_shard, skipped):
@@ -237,7 +355,7 @@ def write_shards(folder, samples, val, samples_per_shard, skipped):
 def key_of(name):
     """The name of a sample's members, without extension: no dots or slashes, at most 80 bytes."""
     key = name.rpartition(".")[0].replace("/", "_").replace(".", "_")
-    return key if len(key.encode()) <= 80 else sha1(name)
+    return key if len(key.encode(errors="replace")) <= 80 and clean_text(key) else sha1(name)
 
 
 def in_val(name, share):
@@ -246,7 +364,7 @@ def in_val(name, share):
 
 
 def sha1(name):
-    return hashlib.sha1(name.encode()).hexdigest()
+    return hashlib.sha1(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def pack(source, out, captions="", size=0, val=0.05, samples_per_shard=5000):

@@ -5,10 +5,21 @@ import json
 import zipfile
 
 import pytest
-from helpers import run_script
+from damage import damaged
+from helpers import full_disk, run_script
 from PIL import Image
 
-from data.pack import in_val, key_of, main, pack
+import data.pack as pack_file
+from data.pack import (
+    Sample,
+    in_parallel,
+    in_val,
+    key_of,
+    main,
+    open_source,
+    pack,
+    read_samples,
+)
 from nano_aimv2.data.shards import Shards
 
 
@@ -50,7 +61,7 @@ def photos(tmp_path):
 def test_a_folder_with_texts_is_packed_and_the_rest_is_counted(photos, tmp_path):
     manifest = pack(photos, tmp_path / "out", val=0.3)
     assert manifest["train"] + manifest["val"] == 7 and manifest["val"] > 0
-    assert manifest["skipped"] == {"no caption": 1, "caption without picture": 1,
+    assert manifest["skipped"] == {"no caption": 1, "caption without image": 1,
                                    "empty caption": 1, "OSError": 1}
     assert any("broken.jpg" in line for line in manifest["skipped_names"])
     captions = {text for text, _, _ in all_samples(tmp_path / "out")}
@@ -62,7 +73,7 @@ def test_a_zip_with_captions_jsonl_keeps_synthetic_captions_and_labels(tmp_path)
     rows = [{"file": f"images/{i}.jpg", "captions": [f"alt {i}", f"long {i}"], "label": i,
              "label_name": "x"} for i in range(4)]
     lines = [json.dumps(row) for row in rows]
-    lines += ["{broken", '{"nofile": 1}', '{"file": "images/0.jpg", "captions": "not a list"}',
+    lines += ["{broken", '{"nofile": 1}', '{"file": "images/0.jpg", "captions": "again"}',
               json.dumps(rows[0]), '{"file": "images/gone.jpg", "caption": "a"}']
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
         for i in range(4):
@@ -70,8 +81,9 @@ def test_a_zip_with_captions_jsonl_keeps_synthetic_captions_and_labels(tmp_path)
         file.writestr("captions.jsonl", "\n".join(lines))
     manifest = pack(tmp_path / "p.zip", tmp_path / "out", val=0)
     assert manifest["train"] == 4
-    assert manifest["skipped"] == {"unreadable row": 3, "named twice": 1,
-                                   "caption without picture": 1}
+    assert manifest["skipped"] == {"unreadable row": 2, "named twice": 2,
+                                   "caption without image": 1}
+    assert manifest["train"] + sum(manifest["skipped"].values()) == len(lines)
     text, metadata, data = all_samples(tmp_path / "out")[2]
     assert metadata == {"synthetic": ["long 2"], "label": 2, "label_name": "x"}
     assert (text, data) == ("alt 2", encoded_image())
@@ -89,6 +101,72 @@ def test_a_damaged_member_of_a_zip_is_skipped_and_named(tmp_path):
     path.write_bytes(content)
     manifest = pack(path, tmp_path / "out", val=0)
     assert manifest["train"] == 1 and manifest["skipped_names"] == ["damaged.jpg: BadZipFile"]
+
+
+def test_an_encrypted_zip_is_counted_and_not_a_crash(tmp_path):
+    path = tmp_path / "p.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("open", "locked"):
+            file.writestr(f"{name}.jpg", encoded_image())
+            file.writestr(f"{name}.txt", name)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo("locked.txt").header_offset
+    content[at + 6] |= 1  # "encrypted", here and in the directory at the end
+    content[content.rindex(b"locked.txt") - 46 + 8] |= 1
+    path.write_bytes(content)
+    manifest = pack(path, tmp_path / "out", val=0)
+    assert manifest["train"] == 1 and manifest["skipped"] == {"RuntimeError": 1}
+    assert manifest["skipped_names"] == ["locked.txt: RuntimeError"]
+
+
+def test_no_damage_to_a_zip_is_a_crash(tmp_path):
+    path = tmp_path / "p.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for i in range(3):
+            file.writestr(f"{i}.jpg", b"image")
+            file.writestr(f"{i}.txt", f"number {i}")
+    whole, refused = path.read_bytes(), 0
+    for _, content in damaged(whole, 210):
+        path.write_bytes(content)
+        try:
+            files, skipped = open_source(path), []
+            found = list(read_samples(files, "", skipped))
+        except ValueError:
+            refused += 1
+            continue
+        assert len(found) <= 3
+    assert refused < 150
+
+
+def test_what_is_in_memory_is_bounded_by_bytes_and_by_number(monkeypatch):
+    """Photographs of a camera: few at a time; thumbnails: many."""
+    sizes = []
+
+    class Pool:
+        def imap(self, function, block, chunksize):
+            sizes.append(len(block))
+            return map(function, block)
+
+    def samples(count, size):
+        return (Sample(f"{i}", bytes(size), {}) for i in range(count))
+
+    monkeypatch.setattr(pack_file, "IN_FLIGHT", (10, 1000))
+    assert len(list(in_parallel(Pool(), len_of, samples(25, 300)))) == 25
+    assert max(sizes) == 4 and sum(sizes) == 25
+    sizes.clear()
+    assert len(list(in_parallel(Pool(), len_of, samples(25, 1)))) == 25
+    assert max(sizes) == 10 and sum(sizes) == 25
+
+
+def len_of(sample):
+    return len(sample.image)
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(photos, tmp_path):
+    with full_disk(room=100), pytest.raises(OSError, match="[Tt]oo large"):
+        pack(photos, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_case_of_a_file_extension_does_not_matter(tmp_path):
@@ -139,7 +217,7 @@ def test_an_interrupted_pack_leaves_nothing_of_that_name(photos, tmp_path, monke
 
 
 @pytest.mark.parametrize("source, message", [
-    ("nowhere", "does not exist"), ("photos/alone.jpg", "neither a folder nor a zip")])
+    ("nowhere", "does not exist"), ("photos/alone.jpg", "neither a folder nor a whole zip")])
 def test_a_source_that_is_neither_folder_nor_zip_is_refused(photos, tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         pack(tmp_path / source, tmp_path / "out")

@@ -104,3 +104,19 @@ def test_the_shipped_vocabulary_is_what_its_script_makes():
     # The plain English comes with Python and differs a little between its versions
     same = {base64.b64decode(line.split()[0]) for line in shipped} & set(learned)
     assert len(same) > 700, len(same)
+
+
+def test_ids_that_a_rank_file_leaves_free_are_skipped(tmp_path):
+    """cl100k_base has 16 of them."""
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    (tmp_path / "gap.tiktoken").write_text("\n".join([*lines, "YWI= 300"]) + "\n")
+    tokenizer = Tokenizer(tmp_path / "gap.tiktoken")
+    assert tokenizer.vocab_size == 302 and tokenizer.eos == 301
+    assert tokenizer.decode([65, 270, 300, 299, 66, 301, 67]) == "AabB"
+
+
+@pytest.mark.parametrize("prompt", ["top left ", "  top   left", "top left\n", "top left"])
+def test_a_prompt_is_encoded_as_the_beginning_of_a_caption(prompt):
+    tokenizer = Tokenizer(TOY)
+    ids = tokenizer.encode_prompt(prompt)
+    assert ids == tokenizer.encode("top left a large red star", 30)[: len(ids)] and len(ids) == 2

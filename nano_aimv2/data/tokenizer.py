@@ -4,13 +4,14 @@ Three sources: the small vocabulary shipped as `toy.tiktoken` in this folder, a 
 own, or any encoding that tiktoken knows (`gpt2`, `cl100k_base`, ...; downloaded at first use).
 Byte-level, so any text round-trips. One special id, the end token EOS, closes every caption and
 is trained. Padding has no token: padded positions are left out of the loss. BOS is a learned
-    vector of the decoder, not an id.
+vector of the decoder, not an id.
 
 Pipeline: caption -> **ids, EOS** -> decoder. Lesson: 06.
 """
 
 import base64
 import binascii
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class Tokenizer:
 
         Text that looks like a special token is plain text. Raises ValueError on an empty caption.
         """
-        text = " ".join(text[: MAX_CHARS_PER_TOKEN * max_tokens].split())
+        text = one_blank_apart(text[: MAX_CHARS_PER_TOKEN * max_tokens])
         if not text:
             raise ValueError("empty caption: a caption needs at least one character that is not a "
                              "space")
@@ -48,17 +49,21 @@ class Tokenizer:
 
     def encode_prompt(self, text):
         """Ids of the beginning of a caption, without EOS."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(one_blank_apart(text))
 
     def decode(self, ids):
         """Text of ids up to the first EOS.
 
-        Ids outside the vocabulary are skipped; broken UTF-8 becomes U+FFFD.
+        Ids that stand for nothing are skipped; broken UTF-8 becomes U+FFFD.
         """
         ids = list(ids)
         if self.eos in ids:
             ids = ids[: ids.index(self.eos)]
-        return self.encoding.decode([i for i in ids if i < self.vocab_size])
+        parts = []
+        for i in ids:
+            with contextlib.suppress(KeyError):  # beyond the vocabulary, or a number left free
+                parts.append(self.encoding.decode_single_token_bytes(i))
+        return b"".join(parts).decode("utf-8", "replace")
 
     def save(self, folder):
         """Copy a rank file into `folder`, so that the run needs nothing else; return its path."""
@@ -69,6 +74,11 @@ class Tokenizer:
         if not (target.exists() and target.samefile(path)):
             target.write_bytes(path.read_bytes())
         return str(target)
+
+
+def one_blank_apart(text):
+    """Words with one blank between and none around them, as every caption is encoded."""
+    return " ".join(text.split())
 
 
 def tokenizer_of(config):
