@@ -188,7 +188,7 @@ def parse_csv(name, lines, existing):
     A caption in quotes may go over several lines. So may, by mistake, one whose closing quote is
     missing: a line within it that names an image is taken for a row of its own.
     """
-    columns = [column.strip() for column in cells_of(lines[:1]) or []]
+    columns = [column.strip() for column in csv_cells(lines[:1]) or []]
     named = [column for column in columns if column]
     if ("file" not in named or not {"caption", "captions", "synthetic"} & set(named)
             or len(set(named)) < len(named)):
@@ -199,7 +199,7 @@ def parse_csv(name, lines, existing):
     while first < len(lines):
         end, cells = first + 1, None
         while end <= min(len(lines), first + MOST_LINES):
-            cells = cells_of(lines[first:end])
+            cells = csv_cells(lines[first:end])
             if cells is not None or (end < len(lines)
                                      and names_image(lines[end], where, existing)):
                 break
@@ -216,7 +216,7 @@ def parse_csv(name, lines, existing):
         first = end
 
 
-def cells_of(lines):
+def csv_cells(lines):
     """The cells of one csv record, over one or several lines; None if it is not exactly one."""
     try:
         (cells,) = csv.reader([line.removesuffix("\r") + "\n" for line in lines], strict=True) \
