@@ -37,9 +37,7 @@ def main(argv):
 
     # Processes, data
     runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
-    if runtime.is_main:
-        make_toy_data(config)
-    runtime.barrier()
+    make_toy_data(config, runtime)
     tokenizer = tokenizer_of(config)
     data = TrainingData(config, tokenizer, runtime.rank, runtime.world, runtime.gather)
     held_out = held_out_sets(config, tokenizer, config.eval_images, runtime.gather)
@@ -63,14 +61,18 @@ def main(argv):
     progress = metrics.Progress(config, runtime, first_step)
     loader = make_loader(data, first_step * config.grad_accum, config.num_workers, runtime.is_cuda)
     finite = metrics.FiniteCheck(data, scaler)
+    def save():
+        finite.read()
+        with progress.paused():
+            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep, scaler)
+
     for step in range(first_step, config.steps + 1):
         first_look = config.init and step == 0  # what the weights of --init do as they are
         if held_out and (is_due(step, first_step, config.eval_every, config.steps) or first_look):
-            finite.read()
-            progress.evaluation(step, evaluate(model, trained, held_out, runtime))
+            with progress.paused():
+                progress.evaluation(step, evaluate(model, trained, held_out, runtime))
         if is_due(step, first_step, config.save_every, config.steps):
-            finite.read()
-            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep, scaler)
+            save()
         if step == config.steps:
             break
 
@@ -83,8 +85,7 @@ def main(argv):
                                                      stop_request.asked)
         if stops:
             metrics.say(runtime, f"asked to stop: saving step {step}")
-            finite.read()
-            checkpoint.save(config.run_dir, step, model, optimizer, runtime, config.keep, scaler)
+            save()
             return
 
         # Forward and backward; gradients are exchanged after the last micro-batch
@@ -92,7 +93,7 @@ def main(argv):
         for i, batch in enumerate(batches):
             with distributed.sync_gradients(trained, runtime, is_last=i == len(batches) - 1):
                 with runtime.autocast():
-                    batch, prefix_len = batch.to(runtime.device), prefixes[i].to(runtime.device)
+                    batch, prefix_len = batch.to(runtime.device), runtime.move(prefixes[i])
                     losses = trained(batch, prefix_len, targets[i])
                     loss = losses.total(config.alpha, image_count, text_count, config.text_weight)
                 # DDP and FSDP average gradients over ranks; the sum is wanted
@@ -116,8 +117,7 @@ def main(argv):
     progress.close()
     checkpoint.save_model(config.run_dir, model, runtime)
     distributed.stop()  # the other ranks do not wait for the images
-    if runtime.is_main:
-        draw_results(config, runtime, has_samples=bool(held_out))
+    draw_results(config, runtime, has_samples=bool(held_out))
 
 
 def count_targets(batch, prefix_len):
@@ -137,17 +137,20 @@ def describe_run(model, config, runtime, first_step):
             f"{config.steps}")
 
 
-def make_toy_data(config):
+def make_toy_data(config, runtime):
     """Draw the toy sets that the presets name and a run asks for, where they are missing. Another
     folder that is missing may be a disk that is not mounted: that is an error."""
     for source in parse_mixture(config.data):
-        if source.path in SETS and not Path(source.path).exists():
+        if runtime.is_main and source.path in SETS and not Path(source.path).exists():
             make_scenes(source.path, **SETS[source.path])
+    runtime.barrier()
 
 
 def draw_results(config, runtime, has_samples):
-    """loss.png and samples.png, from the files that the run has written. A model that was sharded
-    may be too large for one rank: it draws no samples."""
+    """loss.png and samples.png, by rank 0 from the files that the run has written. A model that was
+    sharded may be too large for one rank: it draws no samples."""
+    if not runtime.is_main:
+        return
     folder = Path(config.run_dir)
     rows = metrics.read_metrics(folder / "metrics.jsonl")
     plots.loss_curves(rows, folder / "loss.png", config.vocab_size, config.patch_dim)

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
 
         Args:
             features: f[B, A, De] from the encoder, padding at the end.
-            num_patches: i64[B], the valid patches n.
+            num_patches: i64[B], the valid patches n; None: every image fills its grid, n = A.
             tokens: i64[B, T], padded with any valid id.
         Returns: (image states f[B, A, Dd]: state j predicts patch j+1;
                   text states f[B, 1+T, Dd]: state 0 (BOS) predicts token 0).
@@ -56,12 +56,15 @@ class Decoder(nn.Module):
         """
         image, text = self.connector(features), self.embed_text(tokens)
         (B, A, _), L = image.shape, text.shape[1]
+        x = torch.cat([image, text.to(image.dtype)], dim=1)  # [B, S, Dd]
+        if num_patches is None:
+            x = self.trunk(x, causal=True)
+            return x[:, :A], x[:, A:]
         # Image and text touch: position s reads patch s while s < n, then text element s - n.
         s = torch.arange(A + L, device=tokens.device)[None]  # [1, S]
         n = num_patches[:, None]  # [B, 1]
         # i64[B, S], a permutation per sample
         source = torch.where(s < n, s, torch.where(s < n + L, s - n + A, s - L))
         rows = torch.arange(B, device=tokens.device)[:, None]
-        x = torch.cat([image, text.to(image.dtype)], dim=1)[rows, source]  # [B, S, Dd]
-        x = self.trunk(x, causal=True)
+        x = self.trunk(x[rows, source], causal=True)
         return x[:, :A], x[rows, n + s[:, :L]]

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-5
-WRITTEN_OUT = 160  # up to this many keys, a CPU trains faster without the fused attention kernel
+# Up to so many keys, a CPU trains faster without the fused attention kernel.
+WRITTEN_OUT = {torch.float32: 160, torch.bfloat16: 512}
 
 
 class RMSNorm(nn.Module):
@@ -54,23 +55,32 @@ def attend(q, k, v, bias, causal):
     Args: q: f[B, heads, N, hd]; k, v: f[B, heads, K, hd]; bias: f[B, 1, N, K] or None.
     Returns: f[B, heads, N, hd].
 
-    On a CPU, short sequences train fastest with the formula written out, and bfloat16 pays in the
-    linear layers only.
+    On a CPU, short sequences train fastest with the formula written out: in bfloat16 its matmuls
+    are in bfloat16, the softmax in float32. The fused kernel's bfloat16 is slow there, so longer
+    sequences take its float32.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), bias, causal).to(q.dtype)
-    if q.device.type == "cpu" and k.shape[2] <= WRITTEN_OUT and torch.is_grad_enabled():
-        if causal:
-            bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
-        scores = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5)
-        return (scores if bias is None else scores.add_(bias)).softmax(dim=-1) @ v
+    if q.device.type == "cpu":
+        if k.shape[2] <= WRITTEN_OUT.get(q.dtype, 0) and torch.is_grad_enabled():
+            return attend_written_out(q, k, v, bias, causal)
+        if q.dtype == torch.bfloat16:
+            bias = None if bias is None else bias.float()
+            with torch.autocast("cpu", enabled=False):
+                return attend(q.float(), k.float(), v.float(), bias, causal).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
 
 
-def mask_to_bias(can_attend):
-    """bool -> float32: 0 where True, -inf where False."""
-    bias = torch.zeros(can_attend.shape, device=can_attend.device)
+def attend_written_out(q, k, v, bias, causal):
+    """The formula of `attend` as it stands there."""
+    if causal:
+        bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
+    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()
+    weights = (scores if bias is None else scores.add_(bias)).softmax(dim=-1)
+    return weights.to(v.dtype) @ v
+
+
+def mask_to_bias(can_attend, dtype=torch.float32):
+    """bool -> `dtype`: 0 where True, -inf where False."""
+    bias = torch.zeros(can_attend.shape, dtype=dtype, device=can_attend.device)
     return bias.masked_fill_(~can_attend, float("-inf"))
 
 
@@ -135,6 +145,9 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """A stack of blocks under one mask, then the final norm: f[B, N, D] -> f[B, N, D].
 
+    Under autocast x, to which every block adds, is float32, and the bias is made once in the
+    precision of the matmuls: else each block would cast it and keep its own copy.
+
     recompute: keep only the input of each block for the backward pass and run the block again there
     (activation checkpointing): a third more arithmetic, a tenth of the memory.
     """
@@ -146,7 +159,10 @@ class Trunk(nn.Module):
         self.post_trunk_norm = RMSNorm(dim)
 
     def forward(self, x, can_attend=None, causal=False, caches=None):
-        bias = None if can_attend is None else mask_to_bias(can_attend)
+        matmul_dtype, kind = x.dtype, x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x, matmul_dtype = x.float(), torch.get_autocast_dtype(kind)
+        bias = None if can_attend is None else mask_to_bias(can_attend, matmul_dtype)
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled() and not caches:
                 x = checkpoint(block, x, bias, causal, use_reentrant=False,

@@ -9,6 +9,7 @@ Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code, 
 connector (README, "Differences"). Lessons: 03 to 05.
 """
 
+import torch
 from torch import nn
 
 from nano_aimv2.decoder import Decoder
@@ -46,7 +47,7 @@ class AIMv2(nn.Module):
 
         Args:
             batch: patches u8[B, A, P], grid i64[B, 2], tokens i64[B, T] (EOS included), num_tokens
-                i64[B].
+                i64[B], is_full (whether every image fills its grid).
             prefix_len: i64[B], M in 1 .. n-1.
             num_targets: how many patches and how many tokens are targets; if given, a GPU does not
                 have to stop and count them.
@@ -57,7 +58,8 @@ class AIMv2(nn.Module):
         num_patches = batch.grid.prod(dim=1)  # n, i64[B]
         features = self.encoder(patches, batch.grid, prefix_len)  # f[B, A, De]
         tokens = batch.tokens[:, : self.config.max_tokens]  # i64[B, T]; batches round T up
-        image_states, text_states = decoder(features, num_patches, tokens[:, :-1])  # f[B, A|T, Dd]
+        image_states, text_states = decoder(  # f[B, A, Dd], f[B, T, Dd]
+            features, None if batch.is_full else num_patches, tokens[:, :-1])
 
         # State j predicts patch j+1; patch 0 is never a target. Only rows with a target reach the
         # heads.
@@ -79,6 +81,15 @@ class AIMv2(nn.Module):
 
 
 def true_rows(mask, count=None):
-    """Where a mask bool[B, L] is True, as i64[K] into its B*L places; K is counted unless given."""
+    """Where a mask bool[B, L] is True, as i64[K] into its B*L places; K is counted unless given.
+
+    Raises: ValueError if `count` is not K; on a GPU, which does not wait, CUDA's assertion error.
+    """
     mask = mask.flatten()
-    return mask.nonzero_static(size=int(mask.sum()) if count is None else count).flatten()
+    if count is None:
+        count = int(mask.sum())
+    elif mask.is_cuda:
+        torch._assert_async(mask.sum() == count)
+    elif not mask.is_meta and int(mask.sum()) != count:
+        raise ValueError(f"{count} targets given; the masks have {int(mask.sum())}")
+    return mask.nonzero_static(size=count).flatten()

@@ -16,7 +16,7 @@ from nano_aimv2.layers import WRITTEN_OUT, Block
 
 
 def test_the_bytes_that_a_block_keeps_are_those_that_autograd_saves():
-    B, N, D, hidden = 2, WRITTEN_OUT + 31, 96, 160
+    B, N, D, hidden = 2, WRITTEN_OUT[torch.float32] + 31, 96, 160
     torch.manual_seed(0)
     block, x = Block(D, 3, hidden), torch.randn(B, N, D, requires_grad=True)
     own = {p.untyped_storage().data_ptr() for p in block.parameters()}

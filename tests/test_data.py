@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from nano_aimv2.data.mixture import deal, open_sources, parse_mixture, permuted
 from nano_aimv2.data.shards import Shards, ShardWriter
 from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.native_res import best_grid, draw_areas
-from nano_aimv2.training.distributed import TIMEOUT_MINUTES
+from nano_aimv2.training.distributed import TIMEOUT_MINUTES, single_process
 from nano_aimv2.training.evaluate import Evaluation
 
 
@@ -462,11 +463,11 @@ def test_only_the_sets_that_presets_name_are_drawn_by_a_run(tmp_path, monkeypatc
         Config.from_preset(preset, init="x").data)}
     assert set(SETS) <= named
     for preset in ("toy", "toy-highres", "toy-native"):
-        train.make_toy_data(Config.from_preset(preset, init="x"))
+        train.make_toy_data(Config.from_preset(preset, init="x"), single_process())
     assert sorted(set(drawn)) == sorted(SETS)
     drawn.clear()
     for data in ("/disk/scenes", "/disk/data/scenes", "scenes", "data/scenes/train"):
-        train.make_toy_data(tiny_config(data=data))
+        train.make_toy_data(tiny_config(data=data), single_process())
     assert not drawn
 
 
@@ -523,6 +524,9 @@ def test_native_batches_share_one_area_and_hold_constant_work(tmp_path):
         assert int(batch.grid.prod(dim=1).max()) <= A
         for image, n in zip(batch.patches, batch.grid.prod(dim=1).tolist(), strict=True):
             assert image[n:].sum() == 0
+    large = TrainingData(replace(config, image_size=48, native_area=(6.0, 8.0)), tokenizer)
+    lengths = [large[k].patches.shape[1] for k in range(8)]
+    assert lengths == [-(-area // 8) * 8 for area in large.areas[:8]] != large.areas[:8].tolist()
     split = [TrainingData(config, tokenizer, rank, 2)[5] for rank in range(2)]
     patches, tokens = joined([data[5]])
     split_patches, split_tokens = joined(split)

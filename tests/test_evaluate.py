@@ -1,6 +1,7 @@
 """Evaluation: the same numbers for any number of ranks, captions compared as they are encoded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -299,3 +300,31 @@ def test_an_uneven_split_gives_the_gradient_of_the_whole_batch(scenes, world, ac
     assert counts == expected_counts
     for a, b in zip(expected, found, strict=True):
         assert torch.allclose(a, b, atol=1e-6, rtol=1e-4), float((a - b).abs().max())
+
+
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo itself
+def test_evaluation_uses_up_no_recompilation_of_the_training_that_follows(tmp_path, monkeypatch):
+    """The shapes of five held-out batches and of captions; Dynamo compiles at most eight."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self: compile_module(self, backend="eager"))
+    evaluation, config = evaluation_of(tmp_path / "x")
+    batch = evaluation.batches[0]
+    evaluation.batches = [
+        replace(batch.map(lambda tensor, n=n: tensor[:n]), rows=slice(0, n), global_size=n)
+        for n in (1, 2, 3, 4, 5)] * 2
+    evaluation.captions = evaluation.label_names = [None] * 30
+    runtime = Runtime(0, 1, torch.device("cpu"), torch.float32, "none", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = AIMv2(config)
+    trained = parallelize(model, runtime)
+    evaluate(model, trained, {"val": evaluation, "novel": evaluation}, runtime)
+    assert compiled_graphs() == 0
+    trained(batch, torch.full((5,), 3)).total(0.4, 100, 20).backward()
+    assert compiled_graphs() == 2, "one block of the encoder, one of the decoder"
+    torch._dynamo.reset()

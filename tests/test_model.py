@@ -3,14 +3,15 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_batch, tiny_config
 
 from nano_aimv2.config import PRESETS, Config
-from nano_aimv2.data.batches import Batch
-from nano_aimv2.layers import Attention, RMSNorm, Trunk, mask_to_bias
+from nano_aimv2.data.batches import Batch, collate
+from nano_aimv2.layers import Attention, Block, RMSNorm, Trunk, mask_to_bias
 from nano_aimv2.losses import image_loss
 from nano_aimv2.model import AIMv2
 from nano_aimv2.patchify import normalize_patches
@@ -278,6 +279,74 @@ def test_q_k_v_are_initialised_each_by_itself_and_heads_are_small():
     head, positions = model.decoder.text_head.weight.detach(), model.decoder.text_positions.detach()
     assert float(head.std()) == pytest.approx((3 * 128) ** -0.5, rel=0.05)
     assert float(positions.std()) == pytest.approx(0.01, rel=0.1)
+
+
+def hooked(module_kind, model, look):
+    """Call look(inputs) whenever a module of a kind runs."""
+    for module in model.modules():
+        if isinstance(module, module_kind):
+            module.register_forward_pre_hook(lambda _, inputs: look(inputs))
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_under_autocast_the_residual_stream_is_float32_in_both_trunks(positions):
+    config = tiny_config(positions=positions)
+    model, batch, seen = AIMv2(config), random_batch(config), []
+    hooked(Block, model, lambda inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(batch, torch.tensor([2, 9, 20]))
+    assert seen == [torch.float32] * (config.num_blocks + config.decoder_blocks)
+
+
+def test_the_bias_of_the_mask_is_made_once_in_the_precision_of_the_matmuls():
+    config = tiny_config()
+    model, batch, seen = AIMv2(config), random_batch(config), []
+    hooked(Attention, model.encoder, lambda inputs: seen.append(inputs[1]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(batch, torch.tensor([2, 9, 20]))
+    assert len(seen) == config.num_blocks and len(set(map(id, seen))) == 1
+    assert seen[0].dtype == torch.bfloat16
+    model(batch, torch.tensor([2, 9, 20]))
+    assert seen[-1].dtype == torch.float32
+
+
+def test_where_images_fill_their_grids_the_decoder_concatenates_and_nothing_changes():
+    config = tiny_config()
+    model, batch = AIMv2(config), random_batch(config)
+    full = replace(batch, is_full=True)
+    prefix_len = torch.tensor([2, 9, 20])
+    gathered, concatenated = (model(b, prefix_len).total(0.4, 50, 20) for b in (batch, full))
+    assert torch.equal(gathered, concatenated)
+    pixels = [np.zeros((20, 20, 3), np.uint8), np.zeros((20, 16, 3), np.uint8)]
+    assert collate(pixels[:1] * 2, [[1], [2]], 25, 4, slice(0, 2), 2).is_full
+    assert not collate(pixels, [[1], [2]], 25, 4, slice(0, 2), 2).is_full
+    assert not collate(pixels[:1], [[1]], 26, 4, slice(0, 1), 1).is_full
+
+
+def test_a_wrong_number_of_targets_is_an_error():
+    config = tiny_config()
+    model, batch = AIMv2(config), random_batch(config)
+    prefix_len = torch.tensor([2, 9, 20])
+    right = int((25 - prefix_len).sum()), int(batch.num_tokens.sum())
+    model(batch, prefix_len, right)
+    for wrong in ((right[0] + 1, right[1]), (right[0] - 1, right[1]), (right[0], right[1] + 1)):
+        with pytest.raises(ValueError, match="targets given; the masks have"):
+            model(batch, prefix_len, wrong)
+
+
+def test_a_step_reads_nothing_back_from_the_device():
+    """The meta device has no values: what asks for one fails there, and waits on a GPU."""
+    config = tiny_config()
+    with torch.device("meta"):
+        model = AIMv2(config)
+    batch = random_batch(config)
+    prefix_len = torch.tensor([2, 9, 20])
+    targets = int((25 - prefix_len).sum()), int(batch.num_tokens.sum())
+    for is_full in (True, False):
+        model.to("meta")  # the buffers, too
+        losses = model(replace(batch.to("meta"), is_full=is_full), prefix_len.to("meta"), targets)
+        losses.total(0.4, *targets).backward()
+        assert all(p.grad is not None for p in model.parameters())
 
 
 def test_counted_flops_are_torchs():

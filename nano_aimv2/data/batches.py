@@ -30,6 +30,7 @@ from nano_aimv2.data.tokenizer import pad_tokens
 from nano_aimv2.native_res import batch_sizes, best_grid, draw_areas
 
 TRIES = 50  # samples in a row that may be unreadable before a pause
+LONG = 64  # patches; below, rounding a native length up to a multiple of 8 would cost too much
 PREFETCH = 4  # batches that each worker reads ahead
 PAUSES = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds: a disk or a network may come back
 
@@ -45,6 +46,7 @@ class Batch:
     rows: slice  # which rows of the global batch these are
     global_size: int  # rows of the global batch
     skipped: list = field(default_factory=list)  # names and reasons of samples that were replaced
+    is_full: bool = False  # every image fills its grid: A = rows * cols, no padding
 
     def to(self, device):
         """The batch on another device; pinned memory is copied without waiting."""
@@ -120,12 +122,14 @@ class TrainingData(torch.utils.data.Dataset):
 
     def read(self, start, rows, size, area):
         """Rows `rows` of the batch of `size` rows that begins at row `start` of the run, as a Batch
-        of `area` patches per image."""
+        of `area` patches per image, in long native batches rounded up to a multiple of 8."""
         images, ids, skipped = [], [], []
         for row, k, index in self.dealt(start, rows):
             pixels, token_ids = self.row(row, k, index, area, skipped)
             images.append(pixels)
             ids.append(token_ids)
+        if self.areas is not None and area > LONG:  # GPU kernels want a length that 8 divides
+            area = -(-area // 8) * 8
         return collate(images, ids, area, self.config.patch_size, rows, size, skipped)
 
     def row(self, row, k, index, area, skipped):
@@ -210,7 +214,9 @@ def pad_patches(images, p, area=None):
 def collate(images, ids, area, p, rows, size, skipped=()):
     """Pixels of each image and token ids of each caption -> Batch of `area` patches per image."""
     tokens, num_tokens = map(torch.from_numpy, pad_tokens(ids))
-    return Batch(*pad_patches(images, p, area), tokens, num_tokens, rows, size, list(skipped))
+    patches, grid = pad_patches(images, p, area)
+    is_full = bool((grid.prod(dim=1) == patches.shape[1]).all())
+    return Batch(patches, grid, tokens, num_tokens, rows, size, list(skipped), is_full)
 
 
 class Record(NamedTuple):

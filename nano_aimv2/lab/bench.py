@@ -136,16 +136,19 @@ def bench_step(config):
     s = seconds(step, runtime.device, repeats=10 if size * area > 3000 else 30)
 
     flops = size * train_flops(config, area, length, targets[0] / size, targets[1] / size)
-    if runtime.device.type == "cuda":
-        peak = peak_flops(runtime.device)
-        matmuls, speed = "", f"{flops / s / 1e12:.1f} TFLOP/s"
-        speed += f", MFU {flops / s / peak:.1%}" if peak else ""
-    else:
-        matmuls, speed = f"{s / matmul_seconds():6.1f} matmuls ", f"{flops / s / 1e9:.0f} GFLOP/s"
+    on_gpu = runtime.device.type == "cuda"
+    matmuls = "" if on_gpu else f"{s / matmul_seconds():6.1f} matmuls "
     parameters = sum(p.numel() for p in model.parameters())
     name = str(runtime.dtype).removeprefix("torch.") + (", compiled" if runtime.compile else "")
     print(f"  {parameters / 1e6:8.2f}M {name:19s} {s * 1e3:8.1f} ms {matmuls}{size / s:8.1f} "
-          f"images/s  {flops / 1e9:.1f} GFLOP, {speed}  {peak_memory(runtime.device)}", flush=True)
+          f"images/s  {flops / 1e9:.1f} GFLOP, {speed_text(flops, s, runtime.device)}  "
+          f"{peak_memory(runtime.device)}", flush=True)
+
+
+def speed_text(flops, s, device):
+    """FLOPs done in `s` seconds as a rate; with the MFU where the device's peak is known."""
+    peak = peak_flops(device)
+    return f"{flops / s / 1e12:.2f} TFLOP/s" + (f", MFU {flops / s / peak:.1%}" if peak else "")
 
 
 def random_batch(config):
@@ -153,7 +156,8 @@ def random_batch(config):
     B, T, side = config.batch_size, config.max_tokens, config.image_size // config.patch_size
     patches = torch.randint(256, (B, side * side, config.patch_dim), dtype=torch.uint8)
     tokens = torch.randint(config.vocab_size, (B, T))
-    return Batch(patches, torch.full((B, 2), side), tokens, torch.full((B,), T), slice(0, B), B)
+    grid, num_tokens = torch.full((B, 2), side), torch.full((B,), T)
+    return Batch(patches, grid, tokens, num_tokens, slice(0, B), B, is_full=True)
 
 
 def make_step(config, runtime, model, batch, prefix_len, targets):

@@ -46,6 +46,7 @@ def activation_bytes(config, images):
     decoder = A + T, config.decoder_dim, config.decoder_mlp_hidden_dim
     kept = config.num_blocks * block_bytes(*encoder, MATMUL_BYTES, config.recompute)
     kept += config.decoder_blocks * block_bytes(*decoder, MATMUL_BYTES, config.recompute)
+    kept += MATMUL_BYTES * A**2  # the bias of the encoder's mask, once for all blocks
     if config.recompute:  # the block that is being recomputed is kept whole
         kept += max(block_bytes(*shape, MATMUL_BYTES, False) for shape in (encoder, decoder))
     num_logits = T * config.vocab_size + A // 2 * config.patch_dim

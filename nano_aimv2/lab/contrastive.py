@@ -246,12 +246,13 @@ def main(argv):
         if done == config.steps or (config.eval_every and done % config.eval_every == 0):
             finite.read()
             row = {}
-            for split, evaluation in held_out.items():
-                suffix = "" if split == "val" else f"_{split}"
-                scores = retrieval_scores(model, evaluation, runtime)
-                row |= {name + suffix: value for name, value in scores.items()}
-            if row:
-                progress.evaluation(done, row)
+            with progress.paused():
+                for split, evaluation in held_out.items():
+                    suffix = "" if split == "val" else f"_{split}"
+                    scores = retrieval_scores(model, evaluation, runtime)
+                    row |= {name + suffix: value for name, value in scores.items()}
+                if row:
+                    progress.evaluation(done, row)
     progress.close()
     checkpoint.save_model(config.run_dir, model, runtime)
 

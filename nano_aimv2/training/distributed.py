@@ -79,6 +79,10 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def move(self, tensor):
+        """A CPU tensor on the device. Pinned memory is copied without waiting for the GPU."""
+        return (tensor.pin_memory() if self.is_cuda else tensor).to(self.device, non_blocking=True)
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()

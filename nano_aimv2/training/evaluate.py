@@ -9,6 +9,7 @@ Source: paper section 2.1. Lessons: 08, 11.
 import itertools
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ class Evaluation:
             prefix_len = step_prefix_len(num_patches, EVAL_SEED, i, batch.rows, batch.global_size)
             mine = batch.map(lambda tensor, rows=rows: tensor[rows]).to(runtime.device)
             with runtime.autocast():
-                out = model(mine, prefix_len[rows].to(runtime.device))
+                out = model(mine, runtime.move(prefix_len[rows]))
             parts = (out.text_sum, out.text_count, out.image_sum, out.image_count)
             sums = [total + counts * float(part) for total, part in zip(sums, parts, strict=True)]
         text_sum, text_count, image_sum, image_count = runtime.sum(*sums)
@@ -177,7 +178,17 @@ def evaluate(model, trained, held_out, runtime):
     """A row of held-out losses and, where the images' content is known, shares of right captions.
 
     Args: model: the bare AIMv2; trained: what `parallelize` returned; held_out: of `held_out_sets`.
+
+    Compiled blocks run eagerly here: the many shapes of evaluation would use up the limit of
+    recompilations, and training would go on uncompiled.
     """
+    stance = torch.compiler.set_stance("force_eager") if runtime.compile else nullcontext()
+    with stance:
+        return held_out_row(model, trained, held_out, runtime)
+
+
+def held_out_row(model, trained, held_out, runtime):
+    """What `evaluate` returns."""
     row = {}
     for split, evaluation in held_out.items():
         suffix = "" if split == "val" else f"_{split}"

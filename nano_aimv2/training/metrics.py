@@ -6,6 +6,7 @@ masked, backward twice forward: the convention behind "MFU" (model FLOPs over th
 Lesson: 08.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -105,9 +106,16 @@ class Progress:
         self.restart_clock()
 
     def restart_clock(self):
-        """Count images, FLOPs and seconds from here: for the next row, or behind a pause."""
+        """Count images, FLOPs and seconds from here, for the next row."""
         self.images = self.flops = self.places = self.patches = self.steps = self.data_s = 0
         self.begin = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The time of this block is not the steps': evaluation, saving."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
 
     def wait_for(self, batches):
         """The micro-batches of a generator as a list; the time that they take is `data_ms`."""
@@ -121,7 +129,6 @@ class Progress:
         say(self.runtime, f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
         if self.log:
             self.log.write(step=step, **row)
-        self.restart_clock()
 
     def step(self, step, batches, lr, grad_norm, losses):
         """Report a training step; every `log_every` steps as a row.
