@@ -1,6 +1,8 @@
 """Evaluation: the same numbers for any number of ranks, captions compared as they are encoded."""
 
 import json
+import math
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.generate import Caption
 from nano_aimv2.lab.sizes import across_sizes
 from nano_aimv2.model import AIMv2
-from nano_aimv2.native_res import batch_sizes
+from nano_aimv2.native_res import batch_sizes, draw_areas
 from nano_aimv2.training import evaluate as evaluation_file
 from nano_aimv2.training.distributed import Runtime, parallelize, start, stop
 from nano_aimv2.training.evaluate import (
@@ -101,6 +103,10 @@ def test_ranks_get_whole_batches_where_there_are_enough_and_equally_many_passes(
         assert sorted(counted) == [(i, row) for i, size in enumerate(sizes) for row in range(size)]
         if world <= len(sizes):
             assert all(rows == slice(0, sizes[i]) for share in shares for i, rows, _ in share)
+        else:  # 4 batches of 5 rows, cut into equal pieces
+            most = -(-5 // -(-world // 4))
+            rows_of_rank = [sum(r.stop - r.start for _, r, _ in share) for share in shares]
+            assert max(rows_of_rank) <= most, (world, rows_of_rank)
 
 
 def evaluate_on_a_rank(folder, parallel):
@@ -169,7 +175,9 @@ def test_a_caption_that_was_cut_is_compared_as_it_was_cut(tmp_path):
     ("一只小狗在草地上", "狗", True), ("一只小狗在草地上", "猫", False),
     ("eine Löwin", "Löwe", False), ("der Löwe.", "löwe", True), ("ein Häring", "ring", False),
     ("котёл", "кот", False), ("a 3 d model", "3", True), ("33", "3", False), ("a (b)", "(b)", True),
-    ("a dog", "", False)])
+    ("a dog", "", False), ("con mộ", "m", False),
+    (unicodedata.normalize("NFD", "der Löwe"), "löwe", True),
+    ("der Löwe", unicodedata.normalize("NFD", "löwe"), True)])
 def test_a_caption_names_a_label_as_a_word(text, name, expected):
     assert names_label(text, name) == expected
 
@@ -221,6 +229,15 @@ def test_runs_are_measured_over_sizes_beside_damaged_images(trained, tmp_path, c
     assert printed.count("b.png") == printed.count("d.png") == 1
 
 
+def test_sizes_of_a_source_without_a_readable_image_end_in_one_line(trained, tmp_path, capsys):
+    write_tar(tmp_path / "x.tar", [(f"{i:02}.{end}", b"?") for i in range(12)
+                                   for end in ("png", "txt")])
+    (source,) = open_sources(f"{tmp_path}:alt")
+    with pytest.raises(ValueError, match="none of its 12 samples has a readable image"):
+        across_sizes([trained[0]], [20, 24], source, 10)
+    assert capsys.readouterr().out.count("skipped") == 11, "ten samples, and how many more"
+
+
 # Native batches never depend on how they are split
 
 
@@ -264,17 +281,28 @@ def test_a_native_batch_that_cannot_be_split_is_refused_before_training(tmp_path
     assert batch_sizes(torch.tensor([8, 64, 500]).numpy(), 300).tolist() == [37, 4, 1]
 
 
+@pytest.mark.parametrize("high", [5.5, math.log2(60), math.log2(50)])
+def test_a_native_batch_is_refused_exactly_where_the_smallest_one_cannot_be_split(tmp_path, high):
+    folder = shapes_of_all_kinds(tmp_path / "x")
+    largest = max(draw_areas(0, 100_000, 3.0, high))
+    smallest = 300 // int(largest)
+    settings = dict(native_area=(3.0, high), steps=100_000)
+    assert min(native_data(folder, 0, smallest, **settings).sizes) == smallest
+    with pytest.raises(ValueError, match=f"smallest batch has {smallest} images.* a lower native"):
+        native_data(folder, 0, smallest + 1, **settings)
+
+
 @pytest.mark.slow
-def test_a_native_run_resumed_with_other_micro_batches_goes_on_as_before(tmp_path, tiny_flags):
+def test_a_native_run_resumed_on_two_ranks_with_other_micro_batches_goes_on(tmp_path, tiny_flags):
     folder = shapes_of_all_kinds(tmp_path / "x")
     flags = [*tiny_flags, f"--data={folder}:alt", "--native_area=3,6", "--steps=6"]
     run_script("train.py", *flags, f"--run_dir={tmp_path}/whole")
-    run_script("train.py", *flags, f"--run_dir={tmp_path}/split", "--save_every=3",
-               "--grad_accum=2")
-    later = tmp_path / "split/checkpoints"
-    (later / "latest").write_text("step-00000003")
+    split = [*flags, f"--run_dir={tmp_path}/split"]
+    run_script("train.py", *split, "--save_every=3", "--grad_accum=3")
+    (tmp_path / "split/checkpoints/latest").write_text("step-00000003")
     (tmp_path / "split/model.safetensors").unlink()
-    run_script("train.py", *flags, f"--run_dir={tmp_path}/split", "--grad_accum=3")
+    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+               "train.py", *split, "--grad_accum=2")
     whole, split = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "split"))
     assert [row["step"] for row in split] == [row["step"] for row in whole]
     for a, b in zip(whole, split, strict=True):

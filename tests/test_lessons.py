@@ -3,10 +3,11 @@ it is committed."""
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import ROOT, environment
 from nbclient import NotebookClient
 
 LESSONS = sorted((ROOT / "lessons").glob("*.ipynb"))
@@ -39,18 +40,33 @@ def without_images(output):
     return json.dumps(data) + output.get("text", "")
 
 
-@pytest.mark.slow
-def test_a_lesson_runs_from_a_clean_kernel_and_its_solutions_are_right(path):
+def run_lesson(path):
+    """The notebook of a lesson with its exercises solved, executed in a clean kernel."""
     notebook = nbformat.read(path, as_version=4)
     found = exercises(notebook)
     assert len(found) == 3, f"{len(found)} exercises"
     for solution, stub, _ in found:
         assert stub.cell_type == "code" and "..." in stub.source, f"no stub: {stub.source!r}"
         stub.source = solution
-    NotebookClient(notebook, timeout=120, kernel_name="python3",
-                   resources={"metadata": {"path": str(path.parent)}}).execute()
-    for i, (_, _, check) in enumerate(found, 1):
-        assert printed(check).strip().endswith("right"), f"exercise {i} prints {printed(check)!r}"
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}})
+    client.execute(env=environment())
+    return [printed(check).strip() for _, _, check in found]
+
+
+@pytest.fixture(scope="module")
+def running(request):
+    """{lesson: future of `run_lesson`} of those asked for: two at a time, with one thread each."""
+    asked = [item.callspec.params["path"] for item in request.session.items
+             if item.name.startswith("test_a_lesson_runs")]
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(run_lesson, path) for path in asked}
+
+
+@pytest.mark.slow
+def test_a_lesson_runs_from_a_clean_kernel_and_its_solutions_are_right(path, running):
+    for i, check in enumerate(running[path].result(), 1):
+        assert check.endswith("right"), f"exercise {i} prints {check!r}"
 
 
 def test_a_committed_lesson_is_short_executed_and_free_of_noise(path):

@@ -73,12 +73,14 @@ class TrainingData(torch.utils.data.Dataset):
         self.rank, self.world = rank, world
         self.sources = open_sources(config.data, gather=gather)
         self.area = (config.image_size // config.patch_size) ** 2
-        whole, least, native = self.area * config.batch_size, config.batch_size, ""
+        whole = self.area * config.batch_size
+        least, native, lower = config.batch_size, "", ""
         if config.native_area:
             self.areas = draw_areas(config.seed, config.steps, *config.native_area)
             self.sizes = batch_sizes(self.areas, whole)
             native = f", native_area={','.join(map('{:g}'.format, config.native_area))}"
-            least = max(1, int(whole // 2 ** config.native_area[1]))
+            lower = ", a lower native_area"
+            least = batch_sizes(np.int64(2.0 ** config.native_area[1] + 1e-9), whole)
         else:
             self.areas, self.sizes = None, np.full(config.steps, config.batch_size)
         parts = world * config.grad_accum
@@ -86,8 +88,8 @@ class TrainingData(torch.utils.data.Dataset):
             raise ValueError(f"the smallest batch has {least} images (batch_size="
                              f"{config.batch_size}{native}), fewer than {world} ranks x "
                              f"grad_accum={config.grad_accum}, and every rank needs an image in "
-                             "every micro-batch: use fewer ranks, a smaller grad_accum or a larger "
-                             "batch_size")
+                             f"every micro-batch: use a larger batch_size{lower}, fewer ranks or a "
+                             "smaller grad_accum")
         check_shared_memory(config, whole // parts)
         self.starts = np.cumsum(self.sizes) - self.sizes  # row of the run that begins each step
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nano_aimv2.data.batches import capped
-from nano_aimv2.data.images import open_image, read_or_skip, upright_size
+from nano_aimv2.data.images import upright_size
 from nano_aimv2.data.mixture import open_sources
 from nano_aimv2.files import write_text
 from nano_aimv2.flags import read_flags, run_command
@@ -47,33 +47,31 @@ def across_sizes(runs, sizes, source, count, device="cpu"):
     Args: runs: folders; sizes: pixels; source: held-out Source; count: at most so many images of
         each of SHAPES.
     Returns: [{run, size, shape, images, loss_text, loss_image, caption_exact, ...}].
-    Raises: ValueError if a size is not a multiple of a run's patch size.
+    Raises: ValueError if a size is not a multiple of a run's patch size, or no image is readable.
     """
-    skipped, rows = [], []
-    readable = read_or_skip(map(source.sample, range(len(source))),
-                            lambda i: side_ratio(open_image(source.shards.image(i))),
-                            source.shards.name, skipped)
-    ratios = [ratio for _, ratio in readable]
-    present = {name: (low, high) for name, (low, high) in SHAPES.items()
-               if any(low < ratio <= high for ratio in ratios)}
+    skipped, rows = {}, []  # a dict: each line is said once
     for run in runs:
         model, config, tokenizer = load_model(run, device)
         runtime = single_process(device)
-        for size, (name, (low, high)) in itertools.product(sizes, present.items()):
+        for size, (name, (low, high)) in itertools.product(sizes, SHAPES.items()):
             # A view of the data, not of the model
             view = replace(config, image_size=size, native_area=(1.0, 16.0), positions="sincos")
             evaluation = Evaluation(
                 source, view, tokenizer, count, one_grid=True,
                 accept=lambda image, low=low, high=high: low < side_ratio(image) <= high)
-            skipped += evaluation.skipped
+            skipped |= dict.fromkeys(evaluation.skipped)
+            if not evaluation.captions:  # no image of this shape
+                continue
             text, image = evaluation.losses(model, runtime)
             scores = evaluation.caption_scores(model, runtime)
             rows.append(dict(run=Path(run).name, size=size, shape=name,
                              images=len(evaluation.captions), loss_text=text, loss_image=image,
                              **scores))
-    by_name = {line.split(": ")[0]: line for line in skipped}
-    for line in capped(list(by_name.values())):
+    for line in capped(list(skipped)):
         print(f"skipped: {line}")
+    if not rows:
+        raise ValueError(f"{source.path}: none of its {len(source)} samples has a readable image: "
+                         "give others with --data=PATH:KIND")
     return rows
 
 

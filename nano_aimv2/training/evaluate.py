@@ -9,6 +9,7 @@ Source: paper section 2.1. Lessons: 08, 11.
 import itertools
 import math
 import re
+import unicodedata
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from nano_aimv2.generate import caption
 from nano_aimv2.prefix_mask import step_prefix_len
 
 EVAL_SEED = 20_241_121
-LETTERS = "0-9a-z\u00df-\u052f"  # of alphabets whose words have blanks between: Latin to Cyrillic
+# Of alphabets whose words have blanks between: Latin (with Vietnamese), Greek, Cyrillic
+LETTERS = "0-9a-z\u00df-\u052f\u1e00-\u1fff"
 
 
 class Evaluation:
@@ -29,15 +31,16 @@ class Evaluation:
     `batches`: [Batch]; `captions`: the written ones, as they are encoded; `label_names`: from the
     metadata, None without one; `skipped`: samples that could not be read.
 
-    Args: accept: see `read_in_order`; one_grid: sort the images so that each batch has a single
-        grid, which is all that a learned position table can be resized to.
+    Args: accept: see `read_in_order`; with it there may be no image; one_grid: sort the images so
+        that each batch has a single grid, which is all that a learned position table can be
+        resized to.
     """
 
     def __init__(self, source, config, tokenizer, count, batch_size=64, accept=None,
                  one_grid=False):
         self.config, self.tokenizer, self.asked = config, tokenizer, count
         records, self.skipped = read_in_order(source, config, tokenizer, count, accept)
-        if not records:
+        if not (records or accept):
             last = f", the last: {self.skipped[-1]}" if self.skipped else ""
             raise ValueError(f"{source.path}: none of its {len(source)} samples with a "
                              f"{source.kind} caption has a readable image{last}")
@@ -129,9 +132,10 @@ def names_label(text, name):
     """Whether a caption has a label in it, whatever its case; _ and - count as blanks.
 
     Not within a longer word: a "cat" is not in "cattle". Scripts without blanks have no words:
-    there it may stand anywhere.
+    there it may stand anywhere. An accent may be encoded in its letter or behind it.
     """
-    text, name = (re.sub(r"[\s_-]+", " ", each).strip().casefold() for each in (text, name))
+    text, name = (re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", each)).strip().casefold()
+                  for each in (text, name))
     return bool(name and re.search(f"(?<![{LETTERS}]){re.escape(name)}(?![{LETTERS}])", text))
 
 
