@@ -1,6 +1,7 @@
 """The lessons: every notebook runs from a clean kernel with its exercises solved, and reads well as
 it is committed."""
 
+import asyncio
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,7 @@ def run_lesson(path):
         stub.source = solution
     client = NotebookClient(notebook, timeout=120, kernel_name="python3",
                             resources={"metadata": {"path": str(path.parent)}})
-    client.execute(env=environment())
+    asyncio.run(client.async_execute(env=environment()))
     return [printed(check).strip() for _, _, check in found]
 
 
