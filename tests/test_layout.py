@@ -58,7 +58,7 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} has a relative import"
-            if (ROOT / node.module.replace(".", "/")).is_dir():
+            if (ROOT / node.module.replace(".", "/") / "__init__.py").exists():  # a package
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
