@@ -108,30 +108,29 @@ def test_a_zip_with_captions_jsonl_keeps_synthetic_captions_and_labels(tmp_path)
     assert (text, data) == ("alt 2", encoded_image())
 
 
-def test_a_damaged_member_of_a_zip_is_skipped_and_named(tmp_path):
-    path = tmp_path / "p.zip"
+def zip_of_pairs(folder, *names):
+    """A zip with NAME.jpg and NAME.txt of each name: (its path, {file: where it begins})."""
+    path = folder / "p.zip"
     with zipfile.ZipFile(path, "w") as file:
-        for name in ("good", "damaged"):
+        for name in names:
             file.writestr(f"{name}.jpg", encoded_image())
             file.writestr(f"{name}.txt", name)
-        offset = file.getinfo("damaged.jpg").header_offset
+        return path, {info.filename: info.header_offset for info in file.infolist()}
+
+
+def test_a_damaged_member_of_a_zip_is_skipped_and_named(tmp_path):
+    path, starts = zip_of_pairs(tmp_path, "good", "damaged")
     content = bytearray(path.read_bytes())
-    content[offset + 300] ^= 255
+    content[starts["damaged.jpg"] + 300] ^= 255
     path.write_bytes(content)
     manifest = pack(path, tmp_path / "out", val=0)
     assert manifest["train"] == 1 and manifest["skipped_names"] == ["damaged.jpg: BadZipFile"]
 
 
 def test_an_encrypted_zip_is_counted_and_not_a_crash(tmp_path):
-    path = tmp_path / "p.zip"
-    with zipfile.ZipFile(path, "w") as file:
-        for name in ("open", "locked"):
-            file.writestr(f"{name}.jpg", encoded_image())
-            file.writestr(f"{name}.txt", name)
+    path, starts = zip_of_pairs(tmp_path, "open", "locked")
     content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as file:
-        at = file.getinfo("locked.txt").header_offset
-    content[at + 6] |= 1  # "encrypted", here and in the directory at the end
+    content[starts["locked.txt"] + 6] |= 1  # "encrypted", here and in the directory at the end
     content[content.rindex(b"locked.txt") - 46 + 8] |= 1
     path.write_bytes(content)
     manifest = pack(path, tmp_path / "out", val=0)

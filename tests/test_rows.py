@@ -8,7 +8,7 @@ from data.pack import Files, captions_beside, check_row, lines_of, parse_rows, r
 
 COUNT = 12
 NAMES = [f"{i:02}.jpg" for i in range(COUNT)]
-CAPTIONS = [f"caption {chr(97 + i) * 6}" for i in range(COUNT)]  # far apart: a flip makes no other
+CAPTIONS = [f"caption {chr(97 + i) * 6}" for i in range(COUNT)]
 
 
 def files_of(contents):
@@ -29,10 +29,10 @@ CSV = ("file,caption,label\n" + "".join(
     for i, (n, c) in enumerate(zip(NAMES, CAPTIONS, strict=True)))).encode()
 
 
-@pytest.mark.parametrize("line, rows", [
-    ('05.jpg,"no closing quote,5', 1), ("05.jpg,one,two,three", 1), ("05.jpg", 1),
-    ('05.jpg,"closed" too early,5', 1), ('"05.jpg,no end', 1)])
-def test_a_malformed_row_of_a_csv_is_counted_and_the_others_stay(line, rows):
+@pytest.mark.parametrize("line", [
+    '05.jpg,"no closing quote,5', "05.jpg,one,two,three", "05.jpg", '05.jpg,"closed" too early,5',
+    '"05.jpg,no end'])
+def test_a_malformed_row_of_a_csv_is_counted_and_the_others_stay(line):
     lines = CSV.decode().splitlines()
     lines[6] = line
     seen, found, skipped = read_rows("captions.csv", "\n".join(lines).encode())

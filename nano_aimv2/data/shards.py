@@ -17,7 +17,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from nano_aimv2.data.tar_index import IMAGE_EXTENSIONS, REASONS, VERSION, open_index
+from nano_aimv2.data.tar_index import IMAGE_EXTENSIONS, REASONS, VERSION, open_index, read_object
 from nano_aimv2.files import replacing
 
 NAMED = 3  # damaged tars that a report names
@@ -106,13 +106,7 @@ class Shards:
     def metadata(self, i):
         """The .json of sample i as a dict, {} if it has none. Raises ValueError if unreadable."""
         path, row = self.locate(i)
-        try:
-            metadata = json.loads(self.read(path, row[4], row[5])) if row[4] else {}
-        except ValueError as error:  # broken JSON or broken UTF-8
-            raise ValueError(f"unreadable JSON ({error})") from error
-        if not isinstance(metadata, dict):
-            raise ValueError(f"JSON holds a {type(metadata).__name__}, not an object")
-        return metadata
+        return read_object(self.read(path, row[4], row[5])) if row[4] else {}
 
     def name(self, i):
         """Tar and member of sample i, for messages."""

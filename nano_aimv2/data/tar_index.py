@@ -310,8 +310,8 @@ def note_member(member, contents, samples, counts):
     elif extension == "json":
         contents.seek(member.offset_data)
         try:
-            kinds += caption_keys(json.loads(contents.read(member.size)))
-        except (ValueError, RecursionError):
+            kinds += caption_keys(read_object(contents.read(member.size)))
+        except ValueError:
             counts["unreadable .json"] += 1
 
 
@@ -326,10 +326,19 @@ def measure_tail(file, end):
     return unread, total - unread
 
 
-def caption_keys(metadata):
-    """The keys of a .json that hold captions. Raises ValueError if it is not an object."""
+def read_object(data):
+    """The bytes of a .json as a dict. Raises ValueError if they are anything else."""
+    try:
+        metadata = json.loads(data)
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8; nested too deep
+        raise ValueError(f"unreadable JSON ({error})") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"JSON holds a {type(metadata).__name__}, not an object")
+    return metadata
+
+
+def caption_keys(metadata):
+    """The keys of a .json that hold captions."""
     return [key for key, value in metadata.items() if captions_in(value) and key != "alt"]
 
 

@@ -123,8 +123,23 @@ def bench_steps(config, device):
 
 
 def bench_step(config):
-    """Print the time, FLOP/s and peak memory of forward, losses, backward, clipping and AdamW."""
+    """Print the time, FLOP/s and peak memory of a training step."""
     runtime = distributed.start(config.device, config.dtype, "none", config.compile)
+    area = (config.image_size // config.patch_size) ** 2
+    repeats = 10 if config.batch_size * area > 3000 else 30
+    s, flops, parameters = measure_step(config, runtime, repeats)
+    on_gpu = runtime.device.type == "cuda"
+    matmuls = "" if on_gpu else f"{s / matmul_seconds():6.1f} matmuls "
+    print(f"  {parameters / 1e6:8.2f}M {mode_text(runtime):19s} {s * 1e3:8.1f} ms {matmuls}"
+          f"{config.batch_size / s:8.1f} images/s  {flops / 1e9:.1f} GFLOP, "
+          f"{speed_text(flops, s, runtime.device)}  {peak_memory(runtime.device)}", flush=True)
+
+
+def measure_step(config, runtime, repeats):
+    """Forward, losses, backward, clipping and AdamW on random images and captions of full length.
+
+    Returns: (median seconds, matmul FLOPs, parameters of the model).
+    """
     torch.manual_seed(0)
     model = AIMv2(config)
     batch = random_batch(config)
@@ -133,16 +148,13 @@ def bench_step(config):
     targets = int((num_patches - prefix_len).sum()), int(batch.num_tokens.sum())
     size, area, length = *batch.patches.shape[:2], batch.tokens.shape[1]
     step = make_step(config, runtime, model, batch, prefix_len, targets)
-    s = seconds(step, runtime.device, repeats=10 if size * area > 3000 else 30)
-
     flops = size * train_flops(config, area, length, targets[0] / size, targets[1] / size)
-    on_gpu = runtime.device.type == "cuda"
-    matmuls = "" if on_gpu else f"{s / matmul_seconds():6.1f} matmuls "
-    parameters = sum(p.numel() for p in model.parameters())
-    name = str(runtime.dtype).removeprefix("torch.") + (", compiled" if runtime.compile else "")
-    print(f"  {parameters / 1e6:8.2f}M {name:19s} {s * 1e3:8.1f} ms {matmuls}{size / s:8.1f} "
-          f"images/s  {flops / 1e9:.1f} GFLOP, {speed_text(flops, s, runtime.device)}  "
-          f"{peak_memory(runtime.device)}", flush=True)
+    return seconds(step, runtime.device, repeats), flops, sum(p.numel() for p in model.parameters())
+
+
+def mode_text(runtime):
+    """Precision of the matmuls, and whether the blocks are compiled."""
+    return runtime.settings()["dtype"] + (", compiled" if runtime.compile else "")
 
 
 def speed_text(flops, s, device):

@@ -39,7 +39,6 @@ from nano_aimv2.layers import WRITTEN_OUT
 from nano_aimv2.model import AIMv2
 from nano_aimv2.prefix_mask import step_prefix_len
 from nano_aimv2.training import distributed
-from nano_aimv2.training.metrics import train_flops
 from nano_aimv2.training.optim import clipped_parameters, make_optimizer
 
 GOLDEN = dict(image_size=32, patch_size=8, embed_dim=64, num_blocks=2, num_heads=2, decoder_dim=64,
@@ -255,24 +254,15 @@ def largest_that_fits(device):
 def expect_step(config, expected_bytes, device):
     """Print attention, time and memory of a training step; returns its images per second."""
     runtime = distributed.start(device.type, config.dtype, "none", config.compile)
-    model, batch = AIMv2(config), bench.random_batch(config)
-    num_patches = batch.grid.prod(dim=1)
-    prefix_len = step_prefix_len(num_patches, 0, 0, batch.rows, batch.global_size)
-    targets = int((num_patches - prefix_len).sum()), int(batch.num_tokens.sum())
-    step = bench.make_step(config, runtime, model, batch, prefix_len, targets)
-    s = bench.seconds(step, runtime.device, repeats=5)
-    size, area, length = *batch.patches.shape[:2], batch.tokens.shape[1]
-    flops = size * train_flops(config, area, length, targets[0] / size, targets[1] / size)
-    parameters = sum(p.numel() for p in model.parameters())
-    compiled = ", compiled" if runtime.compile else ""
-    print(f"\nstep of {config.preset}: {parameters / 1e6:,.1f}M parameters, {size} images, "
-          f"{str(runtime.dtype).removeprefix('torch.')}{compiled}\n"
-          f"  {s * 1e3:,.0f} ms, {size / s:,.0f} images/s, "
+    s, flops, parameters = bench.measure_step(config, runtime, repeats=5)
+    print(f"\nstep of {config.preset}: {parameters / 1e6:,.1f}M parameters, "
+          f"{config.batch_size} images, {bench.mode_text(runtime)}\n"
+          f"  {s * 1e3:,.0f} ms, {config.batch_size / s:,.0f} images/s, "
           f"{bench.speed_text(flops, s, runtime.device)}\n"
           f"  attention: {attention_kernels(config, runtime)}\n"
           f"  peak memory {bench.peak_memory(runtime.device)}; computed, without libraries: "
           f"{expected_bytes / 2**30:.2f} GiB", flush=True)
-    return size / s
+    return config.batch_size / s
 
 
 def attention_kernels(config, runtime):

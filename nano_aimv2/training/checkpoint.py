@@ -107,13 +107,17 @@ def check_run(config, contents=None):
 
 def contents_of(data):
     """What a run learns from, wherever it lies: {part: text} of a TrainingData."""
-    source = data.tokenizer.source
-    path = find_file(source)
-    contents = {"tokenizer content": f"sha256 {digest(path)}" if path else source}
+    contents = {"tokenizer content": tokenizer_content(data.tokenizer.source)}
     for i, part in enumerate(data.sources, 1):
         contents[f"data part {i}"] = (f"{len(part)} samples ({part.kind}, {part.weight:.4%}, "
                                       f"fingerprint {part.shards.fingerprint})")
     return contents
+
+
+def tokenizer_content(source):
+    """What a tokenizer is, wherever it lies: the checksum of a rank file, or an encoding's name."""
+    path = find_file(source)
+    return f"sha256 {digest(path)}" if path else str(source)
 
 
 def begin_run(config, data, runtime):
@@ -358,17 +362,12 @@ def check_init(config):
 
 
 def check_same_tokenizer(config, parent, folder):
-    """Raise ValueError unless both runs have one tokenizer; files are compared byte by byte."""
-    shipped, own = folder / "tokenizer.tiktoken", find_file(config.tokenizer)
+    """Raise ValueError unless both runs have one tokenizer."""
+    shipped = folder / "tokenizer.tiktoken"
     theirs = shipped if shipped.exists() else parent.tokenizer
-    if shipped.exists():
-        same = own and shipped.read_bytes() == own.read_bytes()
-    else:
-        same = theirs == config.tokenizer
-    if not same:
+    if tokenizer_content(theirs) != tokenizer_content(config.tokenizer):
         raise ValueError(f"tokenizer={config.tokenizer!r} must be the one of {folder}, whose "
-                         "weights this run starts from: use "
-                         f"--tokenizer={shipped if shipped.exists() else parent.tokenizer}")
+                         f"weights this run starts from: use --tokenizer={theirs}")
 
 
 def load_init(model, config):
