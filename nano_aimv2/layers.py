@@ -73,9 +73,9 @@ def attend_written_out(q, k, v, bias, causal):
     """The formula of `attend` as it stands there."""
     if causal:
         bias = mask_to_bias(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
-    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()
-    weights = (scores if bias is None else scores.add_(bias)).softmax(dim=-1)
-    return weights.to(v.dtype) @ v
+    scores, scale = (q @ k.transpose(-2, -1)).float(), q.shape[-1] ** -0.5
+    scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 def mask_to_bias(can_attend, dtype=torch.float32):
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         """x f[B, N, D], bias f[B, 1, N, K] or None -> f[B, N, D]."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, hd]
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # each [B, heads, N, hd]
         if cache is not None:
             k, v = cache.append(k, v)
         x = attend(q, k, v, bias, causal)

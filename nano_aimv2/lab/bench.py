@@ -7,8 +7,9 @@
     python -m nano_aimv2.lab.bench encoder        # the encoder's forward pass against transformers
 
 `step` takes train.py's flags (without --preset it measures two models, SMALL and MEDIUM) and
-prints images/s, FLOP/s or MFU, and peak memory; on a GPU both eager and compiled. `captions` takes
---device; `data` and `encoder` run on the CPU and take no flags.
+prints images/s, FLOP/s or MFU, and peak memory, eager and compiled in every precision unless
+--dtype and --compile choose. `captions` takes --device; `data` and `encoder` run on the CPU and
+take no flags.
 
 Times on a shared machine drift. So whatever is compared is measured in one run, and on a CPU the
 time of a step is also given in units of one 1536 x 1536 x 1536 float32 matmul ("matmuls").
@@ -16,6 +17,8 @@ time of a step is also given in units of one 1536 x 1536 x 1536 float32 matmul (
 
 import io
 import multiprocessing
+import os
+import shutil
 import sys
 import tempfile
 import time
@@ -57,6 +60,8 @@ MEDIUM = dict(image_size=224, patch_size=14, embed_dim=384, num_blocks=12, num_h
 ENCODERS = (dict(embed_dim=192, num_blocks=12, num_heads=3),
             dict(embed_dim=1024, num_blocks=24, num_heads=8))  # AIMv2-L
 MODES = ("step", "captions", "data", "encoder")
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16"),
+              "mps": ("float32", "bfloat16", "float16")}
 
 
 @dataclass
@@ -108,18 +113,23 @@ def in_own_process(function, *args):
 
 
 def bench_steps(config, device):
-    """Measure one model in the machine's usual precision and in the config's, each in a process."""
+    """Measure one model in each precision, eager and compiled, each in a process of its own."""
     print(f"training step, encoder {config.embed_dim} x {config.num_blocks}, decoder "
           f"{config.decoder_dim} x {config.decoder_blocks}, {config.image_size} px, patch "
           f"{config.patch_size}, batch {config.batch_size}, {torch.get_num_threads()} threads",
           flush=True)
-    on_gpu = device.type == "cuda"
-    usual = distributed.choose_dtype("auto", device) if on_gpu else "float32"
-    own = distributed.choose_dtype(config.dtype, device)
-    compile_too = config.compile == "true" or (config.compile == "auto" and on_gpu)
-    for dtype in dict.fromkeys((usual, own)):
-        for compiled in ("false", "true") if compile_too else ("false",):
-            in_own_process(bench_step, replace(config, dtype=dtype, compile=compiled))
+    dtypes = PRECISIONS[device.type] if config.dtype == "auto" else (config.dtype,)
+    compiled = ("false", "true")[: 1 + has_compiler()] if config.compile == "auto" else (
+        config.compile,)
+    for dtype in dtypes:
+        for choice in compiled:
+            in_own_process(bench_step, replace(config, dtype=dtype, compile=choice))
+
+
+def has_compiler():
+    """Whether torch.compile finds the C++ compiler that it needs."""
+    names = (os.environ.get("CXX", "g++"), "clang++")
+    return sys.platform != "win32" and any(map(shutil.which, names))
 
 
 def bench_step(config):

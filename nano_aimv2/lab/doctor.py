@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import platform
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -166,17 +165,11 @@ def settings_to_try(device):
     base = Setting(device.type)
     dtypes = ["bfloat16", "float16"] + (["tf32"] if device.type == "cuda" else [])
     yield from (replace(base, dtype=dtype) for dtype in dtypes)
-    if has_compiler():
+    if bench.has_compiler():
         yield replace(base, compile="true")
     pair = base if torch.cuda.device_count() > 1 else Setting("cpu")
     if torch.distributed.is_available():
         yield from (replace(pair, parallel=parallel) for parallel in ("ddp", "fsdp", "hybrid"))
-
-
-def has_compiler():
-    """Whether torch.compile can work on the CPU here."""
-    names = (os.environ.get("CXX", "g++"), "clang++")
-    return sys.platform != "win32" and any(map(shutil.which, names))
 
 
 def differences(found, golden):
