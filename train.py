@@ -23,17 +23,17 @@ from nano_aimv2.flags import safe_console
 from nano_aimv2.lab import budget, plots
 from nano_aimv2.model import AIMv2
 from nano_aimv2.prefix_mask import step_prefix_len
-from nano_aimv2.training import checkpoint, distributed, metrics
+from nano_aimv2.training import checkpoint, distributed, init, metrics
 from nano_aimv2.training.evaluate import describe_held_out, evaluate, held_out_sets
 from nano_aimv2.training.optim import clipped_parameters, lr_at, make_optimizer, set_lr
 
 
 def main(argv):
-    config, plan = Config.from_flags(argv, __doc__, budget.Plan)
+    config, plan = Config.from_flags(argv, __doc__, budget.Plan, adopt=init.adopt_init)
     if plan:
         budget.main(config, **plan)
         return
-    config, is_new = checkpoint.open_run(config)
+    config, is_new = init.open_run(config)
 
     # Processes, data
     runtime = distributed.start(config.device, config.dtype, config.parallel, config.compile)
@@ -41,16 +41,17 @@ def main(argv):
     tokenizer = tokenizer_of(config)
     data = TrainingData(config, tokenizer, runtime.rank, runtime.world, runtime.gather)
     held_out = held_out_sets(config, tokenizer, config.eval_images, runtime.gather)
-    metrics.say(runtime, *describe(data), *describe_held_out(held_out))
+    metrics.say(runtime, *init.describe_init(config), *describe(data), *describe_held_out(held_out))
 
     # Model and optimizer: from random weights, another run's, or this run's last checkpoint
     torch.manual_seed(config.seed)
     model = AIMv2(config)
     if config.init and is_new:
-        checkpoint.load_init(model, config)
+        init.load_init(model, config)
     config = checkpoint.begin_run(config, data, runtime)
     trained = distributed.parallelize(model, runtime)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas,
+                               config.encoder_lr)
     clipped = clipped_parameters(model)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     first_step = checkpoint.restore(config.run_dir, model, optimizer, runtime, scaler)

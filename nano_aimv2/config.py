@@ -25,8 +25,8 @@ CHOICES = {
 AT_LEAST = dict(
     image_size=1, patch_size=1, max_tokens=2, vocab_size=2, embed_dim=1, num_blocks=1, num_heads=1,
     decoder_dim=1, decoder_blocks=1, decoder_heads=1, mlp_multiple=1, steps=1, batch_size=1,
-    grad_accum=1, warmup_steps=0, min_lr=0, weight_decay=0, alpha=0, text_weight=0, num_workers=0,
-    log_every=1, eval_every=0, eval_images=1, save_every=0, keep=1, seed=0)
+    grad_accum=1, encoder_lr=0, warmup_steps=0, min_lr=0, weight_decay=0, alpha=0, text_weight=0,
+    num_workers=0, log_every=1, eval_every=0, eval_images=1, save_every=0, keep=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Config:
     preset: str = "toy"  # where the defaults come from
     run_dir: str = ""  # folder for everything the run writes; empty: runs/PRESET
     seed: int = 0  # everything random follows from it and the step
-    init: str = ""  # start from the weights of this run folder (post-training)
+    init: str = ""  # start from the weights of a run, or of an encoder (a folder or repository id)
 
     # data
     data: str = "data/scenes:synthetic:85,data/scenes:alt:15"  # path:alt|synthetic:weight,...
@@ -70,6 +70,7 @@ class Config:
     batch_size: int = 16  # global: images per step, over all ranks and micro-batches
     grad_accum: int = 1  # micro-batches per step and rank
     lr: float = 6e-4  # peak learning rate
+    encoder_lr: float = 1.0  # the encoder's learning rate, as a multiple of lr; 0: it is frozen
     min_lr: float = 1e-5  # where the cosine ends
     warmup_steps: int = 100  # linear warm-up; a run of fewer steps does not reach the peak
     weight_decay: float = 1e-4  # fully decoupled, as in the paper: multiplied by lr_t / lr
@@ -140,15 +141,16 @@ class Config:
         return cls(**{"preset": preset, **PRESETS[preset][1], **overrides})
 
     @classmethod
-    def from_flags(cls, argv, doc="", *others):
+    def from_flags(cls, argv, doc="", *others, adopt=dict):
         """Read `--key=value` flags; `--preset` chooses the defaults.
 
-        Args: doc: what --help prints first; others: dataclasses with further flags of a command.
+        Args: doc: what --help prints first; others: dataclasses with further flags of a command;
+            adopt: called with the settings that were given, returns those to use.
         Returns: Config, or (Config, the values given for each of the others).
         Raises: ValueError on anything that is not a known setting with a value of its type.
         """
         given, *rest = read_flags(argv, cls, *others, doc=doc, epilog=presets_text())
-        config = cls.from_preset(**given)
+        config = cls.from_preset(**adopt(given))
         return (config, *rest) if others else config
 
     def save(self, path):

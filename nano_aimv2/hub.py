@@ -13,6 +13,7 @@ transformers' `aimv2`.
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from nano_aimv2.files import is_lfs_pointer, replacing, write_text
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NATIVE_AREA = (7, 12)  # the native checkpoint was trained on 2^7 .. 2^12 patches (section 2.4)
-FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+PREPROCESSORS = "preprocessor_config.json", "processor_config.json"  # transformers 5: the second
+FILES = ["config.json", *PREPROCESSORS, "*.safetensors", "*.safetensors.index.json"]
 MODEL_TYPES = ("aimv2", "aimv2_vision_model")
 # Settings that this encoder fixes, under the names that the other implementations use.
 FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "num_channels": 3, "qkv_bias": False,
@@ -92,11 +94,8 @@ def load_encoder(path_or_repo):
         patches = patchify(images, encoder.config.patch_size)  # u8[B, 3, H, W] -> u8[B, n, P]
         features = encoder(patches, grid)  # grid i64[B, 2] -> f[B, n, D]
     """
-    folder = Path(path_or_repo)
-    folder = folder if folder.is_dir() else fetch(str(path_or_repo))
-    settings = read_json(folder / "config.json")
-    is_run = "preset" in settings
-    config = Config.load(folder / "config.json") if is_run else published_config(settings, folder)
+    folder, config = find_weights(path_or_repo)
+    is_run = isinstance(config, Config)
     with torch.device("meta"):
         encoder = Encoder(config)  # no memory and no random numbers for what the file replaces
     encoder.to_empty(device="cpu").set_pixel_scale()
@@ -109,6 +108,17 @@ def load_encoder(path_or_repo):
                if not dropped.fullmatch(name)}
     fit_weights(views(encoder, names), weights, folder)
     return encoder.eval()
+
+
+def find_weights(path_or_repo):
+    """(folder, config) of the weights that `load_encoder` reads: Config of a run, EncoderConfig of
+    published weights. A repository is fetched. Raises ValueError as `load_encoder` does."""
+    folder = Path(path_or_repo)
+    folder = folder if folder.is_dir() else fetch(str(path_or_repo))
+    settings = read_json(folder / "config.json")
+    if "preset" in settings:
+        return folder, Config.load(folder / "config.json")
+    return folder, published_config(settings, folder)
 
 
 def save_encoder(encoder, folder):
@@ -251,8 +261,7 @@ def published_config(settings, folder):
         raise ValueError(f"{path} is another architecture than AIMv2's encoder: {'; '.join(wrong)}")
     # Apple's own config.json has no is_native: its native model has no image_size.
     native = vision.get("is_native", not has_towers and "image_size" not in vision)
-    file = folder / "preprocessor_config.json"
-    preprocessor = read_json(file) if file.exists() else {}
+    preprocessor = read_preprocessor(folder)
     any_size = native and not preprocessor.get("do_center_crop", False)
     config = EncoderConfig(
         **{ours: vision[theirs] for theirs, ours in SIZES.items()},
@@ -268,6 +277,21 @@ def published_config(settings, folder):
         raise ValueError(f"{path}: hidden_size={D} must be a multiple of "
                          f"num_attention_heads={heads}{also}")
     return config
+
+
+def read_preprocessor(folder):
+    """The settings of the image preprocessor, {} if the folder has none. Warns if they do not say
+    the pixel mean and deviation."""
+    settings = {}
+    for name in reversed(PREPROCESSORS):
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            settings |= found.get("image_processor", found)
+    if not {"image_mean", "image_std"} <= settings.keys():
+        warnings.warn(f"{folder}: neither {' nor '.join(PREPROCESSORS)} says the pixel mean and "
+                      f"deviation: CLIP's are assumed ({CLIP_MEAN}, {CLIP_STD}), as in Apple's "
+                      "weights", stacklevel=2)
+    return settings
 
 
 def fetch(repo):

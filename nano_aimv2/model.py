@@ -29,6 +29,7 @@ class AIMv2(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.init_weights()
+        self.encoder.requires_grad_(config.encoder_lr > 0)
 
     def init_weights(self):
         """Xavier-uniform for the linear layers, small normals for tables and heads."""

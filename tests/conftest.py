@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import TINY, run_script
+from helpers import TINY, as_run, run_script
+from safetensors.torch import save_file
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes
 torch.set_warn_always(True)  # else a warning fails only the first test that causes it
@@ -32,3 +33,16 @@ def trained(tmp_path_factory, tiny_flags):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     done = run_script("train.py", *tiny_flags, f"--run_dir={folder}")
     return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """(folder, model) of a run with a learned table on 5 x 5 patches that grows evenly in both
+    directions."""
+    folder = tmp_path_factory.mktemp("runs") / "learned"
+    model = as_run(folder, positions="learned")
+    row, col = torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij")
+    with torch.no_grad():
+        model.encoder.positions.table.copy_((row + 10 * col).reshape(25, 1) + torch.arange(24.0))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder, model

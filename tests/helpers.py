@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the suite also runs where the package is not installed
@@ -20,10 +21,13 @@ sys.path.insert(0, str(ROOT))  # the suite also runs where the package is not in
 from nano_aimv2.config import Config  # noqa: E402
 from nano_aimv2.data.batches import Batch  # noqa: E402
 from nano_aimv2.data.shards import ShardWriter  # noqa: E402
+from nano_aimv2.data.tokenizer import Tokenizer  # noqa: E402
 from nano_aimv2.generate import choose, patch_pixels  # noqa: E402
+from nano_aimv2.model import AIMv2  # noqa: E402
 from nano_aimv2.prefix_mask import prefix_mask  # noqa: E402
 from nano_aimv2.training.metrics import read_metrics  # noqa: E402
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # All sizes different, so that a swapped axis cannot hide.
 TINY = dict(image_size=20, patch_size=4, embed_dim=24, num_blocks=2, num_heads=3, decoder_dim=32,
             decoder_blocks=2, decoder_heads=4, mlp_multiple=8, max_tokens=24, num_workers=0,
@@ -61,6 +65,16 @@ def write_tar(path, members):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+def as_run(folder, **overrides):
+    """A finished run of random weights; returns its model."""
+    model = AIMv2(tiny_config(**overrides))
+    folder.mkdir(exist_ok=True)
+    model.config.save(folder / "config.json")
+    Tokenizer("toy.tiktoken").save(folder)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
 
 
 def simple_shards(folder, count, label="a"):

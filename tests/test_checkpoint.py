@@ -388,4 +388,4 @@ def test_a_post_training_run_needs_its_parent_until_it_has_a_checkpoint(trained,
     shutil.rmtree(folder / "checkpoints")
     (folder / "model.safetensors").unlink()
     done = run_script("train.py", *flags, check=False)
-    assert f"{parent} has no config.json" in done.stderr and done.returncode == 1
+    assert f"{parent} is neither a folder nor a repo" in done.stderr and done.returncode == 1

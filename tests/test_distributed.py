@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from helpers import (
     ROOT,
+    TORCHRUN,
     curve,
     free_port,
     random_batch,
@@ -26,7 +27,6 @@ from safetensors.torch import load_file
 from nano_aimv2.model import AIMv2
 from nano_aimv2.training import distributed
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 slow = pytest.mark.slow
 
 

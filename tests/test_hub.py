@@ -22,10 +22,11 @@ from nano_aimv2.hub import (
     views,
 )
 from nano_aimv2.model import AIMv2
-from nano_aimv2.patchify import patchify
+from nano_aimv2.patchify import patchify, unpatchify
 from nano_aimv2.prefix_mask import prefix_mask
 from nano_aimv2.training.checkpoint import load_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*CLIP's are assumed")
 WHY = ("transformers is not installed: nothing is compared with it here "
        "(pip install -r requirements.txt)")
 
@@ -186,8 +187,40 @@ def test_apples_names_are_read(tmp_path, positions):
         assert torch.equal(loaded(patches, grid), encoder(patches, grid))
     assert not loaded.training
     assert loaded.config.native_area == (() if positions == "learned" else (7, 12))
-    # No preprocessor_config.json in the folder: what all released weights use
-    assert loaded.config.pixel_mean[0] == 0.48145466
+
+
+def test_a_pixel_scale_that_no_file_says_is_assumed_with_a_warning(tmp_path):
+    folder = apple_folder(tiny_encoder(), tmp_path / "apple")
+    (folder / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    with pytest.warns(UserWarning, match="neither preprocessor_config.json nor processor_config"):
+        assert load_encoder(folder).config.pixel_mean[0] == 0.48145466
+
+
+def test_the_pixel_scale_of_transformers_processor_config_is_read(transformers, tmp_path):
+    # What a processor of images and text writes, as the sole file that says the pixel scale
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    encoder = tiny_encoder(pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.25, 0.5, 0.5))
+    theirs = tmp_path / "theirs"
+    save_encoder(encoder, theirs)
+    transformers.CLIPProcessor(
+        image_processor=transformers.AutoImageProcessor.from_pretrained(theirs),
+        tokenizer=transformers.CLIPTokenizer(str(tmp_path / "vocab.json"),
+                                             str(tmp_path / "merges.txt"))).save_pretrained(theirs)
+    (theirs / "preprocessor_config.json").unlink()
+    loaded = load_encoder(theirs)
+    assert (loaded.config.pixel_mean, loaded.config.pixel_std) == (
+        (0.5, 0.5, 0.5), (0.25, 0.5, 0.5))
+    pixels, _, grid = tiny_inputs()
+    raw = torch.randint(256, (2, 25, 48), dtype=torch.uint8)
+    model = transformers.Aimv2VisionModel.from_pretrained(theirs)
+    size = pixels.shape[2:]
+    images = unpatchify(raw, grid[0].tolist(), 4)
+    prepared = (images / 255 - 0.5) / torch.tensor([0.25, 0.5, 0.5])[:, None, None]
+    with torch.inference_mode():
+        difference = loaded(raw, grid) - model(prepared.reshape(2, 3, *size)).last_hidden_state
+    assert float(difference.abs().max()) < 1e-5
 
 
 def test_apples_kernel_lies_channel_row_column(tmp_path):

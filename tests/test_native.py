@@ -17,74 +17,17 @@ from helpers import (
     tiny_config,
 )
 from PIL import Image
-from safetensors.torch import save_file
 
 from data.scenes import PLACES, SHAPES, SIZES, draw_extent, draw_object, encoded_scene, make_scene
-from nano_aimv2.config import POST_TRAINING, PRESETS, Config
 from nano_aimv2.data.batches import evaluation_pixels
 from nano_aimv2.data.shards import ShardWriter
 from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.generate import caption, complete, score, teacher_forced
 from nano_aimv2.model import AIMv2
 from nano_aimv2.positions import LearnedPositions, resize_table
-from nano_aimv2.training.checkpoint import TABLE, check_init, load_init
 
 TOKENIZER = Tokenizer("toy.tiktoken")
 BLUE, GREY = (43, 108, 176), (113, 128, 150)  # colours of curves
-
-
-def as_run(folder, **overrides):
-    """A run folder with random weights; returns the model."""
-    config = tiny_config(run_dir=str(folder), **overrides)
-    torch.manual_seed(5)
-    model = AIMv2(config)
-    folder.mkdir(exist_ok=True)
-    config.save(folder / "config.json")
-    TOKENIZER.save(folder)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return model
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """(folder, model) of a run with a learned table on 5 x 5 patches that grows evenly in both
-    directions."""
-    folder = tmp_path_factory.mktemp("runs") / "learned"
-    model = as_run(folder, positions="learned")
-    row, col = torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij")
-    with torch.no_grad():
-        model.encoder.positions.table.copy_((row + 10 * col).reshape(25, 1) + torch.arange(24.0))
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder, model
-
-
-def test_init_keeps_the_table_of_an_equal_grid_and_all_weights(learned):
-    folder, parent = learned
-    model = AIMv2(tiny_config(positions="learned", init=str(folder)))
-    load_init(model, model.config)
-    for name, weight in parent.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name]), name
-
-
-def test_init_resizes_a_table_and_a_ramp_stays_a_ramp(learned):
-    folder, _ = learned
-    # From 5 x 5 patches to 10 x 10
-    model = AIMv2(tiny_config(positions="learned", init=str(folder), image_size=40))
-    load_init(model, model.config)
-    table = model.encoder.positions.table.detach().reshape(10, 10, 24)
-    inside = table[4:6, 4:6] - torch.arange(24.0)  # away from the border
-    old = (torch.arange(4.0, 6.0) + 0.5) / 2 - 0.5  # place k of the new table on the old one
-    error = (inside - (old[:, None] + 10 * old)[..., None]).abs().max()
-    assert error < 1e-4, float(error)
-
-
-def test_a_native_run_drops_the_table_and_keeps_everything_else(learned):
-    folder, parent = learned
-    model = AIMv2(tiny_config(init=str(folder), native_area=(2.0, 4.0)))
-    load_init(model, model.config)
-    assert parent.state_dict().keys() - model.state_dict().keys() == {TABLE}
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, parent.state_dict()[name]), name
 
 
 def test_a_grid_with_as_many_patches_as_the_square_gets_its_own_table():
@@ -93,34 +36,6 @@ def test_a_grid_with_as_many_patches_as_the_square_gets_its_own_table():
     wide = positions.eval()(torch.tensor([[2, 8]]), 16)
     assert torch.equal(wide[0], resize_table(positions.table, (4, 4), (2, 8)))
     assert torch.equal(positions(torch.tensor([[4, 4]]), 16)[0], positions.table)
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"num_heads": 4}, "--num_heads=3"),
-    ({"patch_size": 5}, "--patch_size=4"),
-    ({"pixel_mean": (0.5, 0.5, 0.5)}, "--pixel_mean=0.485,0.456,0.406"),
-    ({"tokenizer": "README.md"}, "tokenizer.tiktoken"),
-    ({"init": "/nowhere"}, "/nowhere has no config.json"),
-])
-def test_settings_that_do_not_fit_the_parent_are_named_with_the_fix(learned, settings, message):
-    with pytest.raises(ValueError, match=message):
-        check_init(tiny_config(**{"positions": "learned", "init": str(learned[0]), **settings}))
-
-
-def test_a_table_cannot_come_from_a_run_without_one(tmp_path):
-    as_run(tmp_path / "parent")
-    with pytest.raises(ValueError, match="--positions=sincos"):
-        check_init(tiny_config(init=str(tmp_path / "parent"), positions="learned"))
-
-
-def test_post_training_presets_ask_for_init():
-    assert [name for name in PRESETS if "-" in name] == list(POST_TRAINING)
-    for preset in POST_TRAINING:
-        with pytest.raises(ValueError, match=rf"--init=runs/{preset.split('-')[0]}"):
-            check_init(Config.from_preset(preset))
-    assert Config.from_preset("large-448").weight_decay == 0
-    assert "synthetic" not in Config.from_preset("large-336").data
-    assert Config.from_preset("large-native").native_area == (7, 12)
 
 
 def test_the_first_toy_set_stays_bit_identical():

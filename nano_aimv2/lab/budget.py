@@ -44,7 +44,9 @@ def activation_bytes(config, images):
     A, T = (config.image_size // config.patch_size) ** 2, config.max_tokens
     encoder = A, config.embed_dim, config.mlp_hidden_dim
     decoder = A + T, config.decoder_dim, config.decoder_mlp_hidden_dim
-    kept = config.num_blocks * block_bytes(*encoder, MATMUL_BYTES, config.recompute)
+    kept = 0
+    if config.encoder_lr:  # a frozen encoder keeps nothing
+        kept += config.num_blocks * block_bytes(*encoder, MATMUL_BYTES, config.recompute)
     kept += config.decoder_blocks * block_bytes(*decoder, MATMUL_BYTES, config.recompute)
     kept += MATMUL_BYTES * A**2  # the bias of the encoder's mask, once for all blocks
     if config.recompute:  # the block that is being recomputed is kept whole
@@ -54,20 +56,20 @@ def activation_bytes(config, images):
     return images * (kept + per_logit * num_logits)
 
 
-def memory_per_rank(config, parameters, largest_block, world, parallel):
+def memory_per_rank(config, parameters, largest_block, world, parallel, frozen=0):
     """(bytes of the state, bytes of the activations) on each of `world` ranks.
 
     Args:
-        parameters: how many the model has.
+        parameters: how many the model has; frozen: how many of them are not trained.
         largest_block: how many its largest block has; FSDP gathers two whole blocks at a time.
     """
     shards = {"none": 1, "ddp": 1, "fsdp": world, "hybrid": min(world, GPUS_PER_NODE)}[parallel]
-    state = 16 * parameters / shards  # float32 weights, gradients, two moments
+    state = (16 * parameters - 12 * frozen) / shards  # float32 weights, gradients, two moments
     if shards > 1:
         # Gathered weights, and gradients before they are scattered
         state += 2 * largest_block * (MATMUL_BYTES + 4)
         if config.grad_accum > 1:
-            state += 4 * parameters  # whole gradients until the last micro-batch
+            state += 4 * (parameters - frozen)  # whole gradients until the last micro-batch
     else:
         state += MATMUL_BYTES * parameters  # autocast's copies of the weights
     return state, activation_bytes(config, images_per_rank(config, world))
@@ -110,14 +112,16 @@ def report(config, world=None, img_per_s=None):
         f"{config.steps:,} steps of {config.batch_size:,} images = {images / 1e6:,.1f}M images, "
         f"{flops * images:.2e} FLOP",
         "",
-        *memory_table(config, parameters, largest_block, world),
+        *memory_table(config, parameters, largest_block, world,
+                      0 if config.encoder_lr else encoder),
         "",
         *durations(flops, images, world or 64, img_per_s),
     ]
 
 
-def memory_table(config, parameters, largest_block, world):
-    """Lines of the table of memory per rank, for `world` ranks or for each of WORLDS."""
+def memory_table(config, parameters, largest_block, world, frozen):
+    """Lines of the table of memory per rank, for `world` ranks or for each of WORLDS; `frozen`: how
+    many parameters are not trained."""
     lines = [
         "GiB per rank, computed and not measured: bf16 matmuls, recompute "
         f"{str(config.recompute).lower()}, grad_accum {config.grad_accum};",
@@ -131,7 +135,7 @@ def memory_table(config, parameters, largest_block, world):
                          f"grad_accum={config.grad_accum}")
             continue
         for mode in modes if ranks > 1 else ("none",):
-            state, kept = memory_per_rank(config, parameters, largest_block, ranks, mode)
+            state, kept = memory_per_rank(config, parameters, largest_block, ranks, mode, frozen)
             sizes = " ".join(f"{size / GIB:8.1f}" for size in (state, kept, state + kept))
             least = least_accumulation(config, state, ranks) or "none"
             images = images_per_rank(config, ranks)

@@ -28,24 +28,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sharded
 
-from nano_aimv2.config import POST_TRAINING, Config
+from nano_aimv2.config import Config
 from nano_aimv2.data.tokenizer import Tokenizer, find_file
 from nano_aimv2.files import remove, write_text
 from nano_aimv2.hub import fit_weights, read_weights, write_weights
 from nano_aimv2.model import AIMv2
-from nano_aimv2.positions import resize_table
 from nano_aimv2.training.metrics import say
 
 # A run may be resumed with other values of these; all other settings change its numbers. What
 # paths point to is compared by content.
 MAY_CHANGE = ("run_dir", "init", "data", "val_data", "tokenizer", "device", "num_workers",
               "parallel", "compile", "recompute", "log_every", "save_every", "keep", "grad_accum")
-# What a run that starts from another run's weights (--init) must share with it. Some of these do
-# not change the shape of any weight: another number of heads would load, and be wrong.
-SHARED = ("patch_size", "max_tokens", "vocab_size", "pixel_mean", "pixel_std", "embed_dim",
-          "num_blocks", "num_heads", "decoder_dim", "decoder_blocks", "decoder_heads",
-          "mlp_multiple", "raw_pixels")
-TABLE = "encoder.positions.table"
 PATIENCE = 10  # seconds until a file of rank 0 must be visible to all
 
 
@@ -58,19 +51,6 @@ def recorded(config):
     old = Config.load(path)
     return dataclasses.replace(config, init=config.init or old.init,
                                dtype=old.dtype if config.dtype == "auto" else config.dtype)
-
-
-def open_run(config):
-    """Look at the run folder before anything slow.
-
-    Returns: (config, see `recorded`; whether the run is new, so that `init` counts).
-    Raises: ValueError if a new run cannot start from the weights of `init`.
-    """
-    config = recorded(config)
-    is_new = not resumable(Path(config.run_dir) / "checkpoints")
-    if is_new:
-        check_init(config)
-    return config, is_new
 
 
 def check_run(config, contents=None):
@@ -331,59 +311,3 @@ def need_trained(folder, fix):
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).exists():
             raise ValueError(f"{folder} has no {name}: it is not a trained run; {fix}")
-
-
-def check_init(config):
-    """Check before anything slow that a run can start from the weights of the run `config.init`.
-
-    Raises: ValueError if a post-training preset has no `init`, if `init` is not a finished run, or
-        if it differs in a setting that both must share.
-    """
-    if not config.init:
-        if config.preset in POST_TRAINING:
-            raise ValueError(f"init={config.init!r}: preset {config.preset!r} starts from the "
-                             "weights of a trained run; name its folder, "
-                             f"--init=runs/{config.preset.split('-')[0]}")
-        return
-    folder = Path(config.init)
-    need_trained(folder, "train one, or correct --init")
-    parent = Config.load(folder / "config.json")
-    for name in SHARED:
-        old, new = getattr(parent, name), getattr(config, name)
-        if old != new:
-            given = ",".join(map(str, old)) if isinstance(old, tuple) else old
-            raise ValueError(f"{name}={new} must be as in {folder}, whose weights this run starts "
-                             f"from: use --{name}={given}")
-    check_same_tokenizer(config, parent, folder)
-    if config.positions == "learned" != parent.positions:
-        raise ValueError(f"positions='learned' needs a position table, and {folder} was trained "
-                         f"with positions={parent.positions!r} and has none: use "
-                         f"--positions={parent.positions}")
-
-
-def check_same_tokenizer(config, parent, folder):
-    """Raise ValueError unless both runs have one tokenizer."""
-    shipped = folder / "tokenizer.tiktoken"
-    theirs = shipped if shipped.exists() else parent.tokenizer
-    if tokenizer_content(theirs) != tokenizer_content(config.tokenizer):
-        raise ValueError(f"tokenizer={config.tokenizer!r} must be the one of {folder}, whose "
-                         f"weights this run starts from: use --tokenizer={theirs}")
-
-
-def load_init(model, config):
-    """Start from the weights of the run `config.init`, fitted to this run's grid.
-
-    A learned position table is resized to another grid. A run with sin-cos positions drops the
-    table: a table of one grid says nothing about others. What that costs shows in the log at step
-    0, before any training.
-
-    Raises: ValueError if the weights do not fit.
-    """
-    path = Path(config.init) / "model.safetensors"
-    weights, own = read_weights(path), model.state_dict()
-    if config.positions == "sincos":
-        weights.pop(TABLE, None)
-    elif TABLE in weights:
-        grids = [(round(len(table) ** 0.5),) * 2 for table in (weights[TABLE], own[TABLE])]
-        weights[TABLE] = resize_table(weights[TABLE], *grids)
-    fit_weights(own, weights, path)

@@ -52,14 +52,18 @@ def train_flops(config, num_patches, text_length, image_targets, text_targets):
     Args: A patches, T text inputs, and the numbers of rows that reach the two heads.
 
     The backward pass costs twice the forward pass, minus gradients that nobody needs: those of the
-    pixels, and those that would leave the statistics head.
+    pixels (with a frozen encoder all of its own and those of its features), and those that would
+    leave the statistics head.
     """
-    D, patch_dim = config.decoder_dim, config.patch_dim
-    forward = encoder_flops(config, num_patches) + 2 * num_patches * config.embed_dim * D
+    D, patch_dim, encoder = config.decoder_dim, config.patch_dim, encoder_flops(config, num_patches)
+    connector = 2 * num_patches * config.embed_dim * D
+    forward = encoder + connector
     forward += trunk_flops(num_patches + text_length, D, config.decoder_blocks,
                            config.decoder_mlp_hidden_dim)
     forward += 2 * D * (image_targets * (patch_dim + D + 2) + text_targets * config.vocab_size)
-    unused = 2 * num_patches * patch_dim * config.embed_dim + 2 * D**2 * image_targets
+    unused = 2 * D**2 * image_targets + (
+        2 * num_patches * patch_dim * config.embed_dim if config.encoder_lr else
+        2 * encoder + connector)
     return 3 * forward - unused
 
 

@@ -1,4 +1,4 @@
-"""Optimizer: AdamW on two groups, and the learning rate as a pure function of the step.
+"""Optimizer: AdamW on groups of parameters, and the learning rate as a pure function of the step.
 
 The paper's weight decay is *fully decoupled*: w -= (lr_t / lr_peak) * weight_decay * w. torch's
 AdamW multiplies by lr_t instead, so it gets weight_decay / lr_peak: 0.1, not 1e-4, at a peak of
@@ -25,22 +25,29 @@ def is_decayed(name, parameter):
     return parameter.ndim >= 2 and "positions" not in name
 
 
-def make_optimizer(model, lr, weight_decay, betas):
-    """AdamW over the model's parameters, with `weight_decay` in the paper's sense (see above)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if is_decayed(name, p)]
-    others = [p for name, p in named if not is_decayed(name, p)]
-    groups = [{"params": decayed, "weight_decay": weight_decay / lr},
-              {"params": others, "weight_decay": 0.0}]
+def make_optimizer(model, lr, weight_decay, betas, encoder_lr=1.0):
+    """AdamW over the model's parameters, with `weight_decay` in the paper's sense (see above).
+
+    encoder_lr: the learning rate of `model.encoder`, as a multiple of the others'.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            scale = encoder_lr if name.startswith("encoder.") else 1.0
+            groups.setdefault((is_decayed(name, p), scale), []).append(p)
+    groups = [{"params": parameters, "lr": lr * scale, "lr_scale": scale,
+               "weight_decay": weight_decay / lr * decayed}
+              for (decayed, scale), parameters in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
 def clipped_parameters(model):
     """The parameters whose gradient norm is clipped: those of the paper's objective, without our
     statistics head, which must not change it."""
-    return [p for name, p in model.named_parameters() if "stats_head" not in name]
+    return [p for name, p in model.named_parameters()
+            if "stats_head" not in name and p.requires_grad]
 
 
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
