@@ -4,7 +4,8 @@
     python sample.py --image=cat.jpg,dog.jpg              # captions, with their log-probability
     python sample.py --image=cat.jpg --prompt="top left" --temperature=0.8 --top_p=0.9 --seed=1
     python sample.py --image=cat.jpg --choices="a cat|a dog"    # rank captions by likelihood
-    python sample.py --image=cat.jpg --complete=0.5       # keep half of the patches, generate half
+    python sample.py --image=cat.jpg --complete=0.5       # keep half of the patches, draw the rest
+    python sample.py --image=cat.jpg --complete=0.5 --num_samples=4 --seed=1
     python sample.py --run_dir=runs/toy-native --image=panorama.png --size=96
 """
 
@@ -20,8 +21,8 @@ from nano_aimv2.training.checkpoint import load_model
 from nano_aimv2.training.distributed import choose_device
 
 # Flags of one kind of output exclude those of the others.
-OUTPUTS = ({"prompt", "temperature", "top_k", "top_p", "seed", "max_tokens"}, {"choices"},
-           {"complete"})
+OUTPUTS = ({"prompt", "temperature", "top_k", "top_p", "max_tokens"}, {"choices"},
+           {"complete", "num_samples"})
 
 
 @dataclass
@@ -36,15 +37,13 @@ class Options:
     max_tokens: int = 0  # stop here; 0: as long as in training
     choices: str = ""  # captions to rank by likelihood, with | between (commas if there is no |)
     size: int = 0  # pixels per side (native runs: of a square of equal area); 0: as in training
-    complete: float = 0.0  # keep this fraction of the patches and generate the rest
+    complete: float = 0.0  # keep this fraction of the patches (at least one), draw the rest
+    num_samples: int = 3  # with --complete: how many ways to go on
     out: str = ""  # image to write; empty: samples.png or complete.png in the run's folder
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        if not 0 <= self.complete < 1:
-            raise ValueError(f"--complete={self.complete} must be a fraction of the image, at "
-                             "least 0 and below 1")
-        check_at_least(self, max_tokens=0, size=0, seed=0)
+        check_at_least(self, max_tokens=0, size=0, seed=0, num_samples=1)
 
 
 def main(argv):
@@ -54,6 +53,13 @@ def main(argv):
     about_image = given.keys() - {"run_dir", "image", "out", "device"}
     if about_image and not names:
         raise ValueError(f"--{min(about_image)} needs an image: add --image=FILE")
+    if "complete" in given and not 0 < options.complete < 1:
+        raise ValueError(f"--complete={options.complete} must be a fraction of the image above 0 "
+                         "and below 1: at least one patch is given, and one is drawn")
+    if "num_samples" in given and "complete" not in given:
+        raise ValueError("--num_samples needs --complete=FRACTION")
+    if {"seed", "choices"} <= given.keys():
+        raise ValueError("--seed and --choices exclude each other: leave one out")
     outputs = [min(given.keys() & flags) for flags in OUTPUTS if given.keys() & flags]
     if len(outputs) > 1:
         raise ValueError(f"--{outputs[0]} and --{outputs[1]} exclude each other: leave one out")
@@ -76,9 +82,10 @@ def main(argv):
         rank_choices(model, patches, grid, tokenizer, names, options.choices)
     elif options.complete:
         out = options.out or folder / "complete.png"
-        completed = completions(model, patches, grid, options.complete)
+        completed = completions(model, patches, grid, options.complete, options.num_samples,
+                                options.seed)
         captioned = [(completed[i][0], name, None) for i, name in enumerate(names)]
-        title = f"The first {options.complete:.0%} of the patches given, the rest generated"
+        title = f"The first {options.complete:.0%} of the patches given, the rest drawn"
         samples_page(captioned, completed, out, title)
         print(f"written: {out}")
     else:

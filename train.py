@@ -109,7 +109,7 @@ def main(argv):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        finite.add(step, text_loss=sums[0], image_loss=sums[1], statistics_loss=sums[2],
+        finite.add(step, text_loss=sums[0], image_loss=sums[1], sampler_loss=sums[2],
                    gradient_norm=grad_norm)
         progress.step(step, batches, lr, grad_norm, lambda: metrics.mean_losses(
             config, runtime.sum(*sums), image_count, text_count))

@@ -20,7 +20,7 @@ from nano_aimv2.layers import Trunk
 
 
 class Decoder(nn.Module):
-    """The multimodal decoder with the heads pixel_head, text_head and our stats_head (model.py)."""
+    """The multimodal decoder with the heads pixel_head and text_head."""
 
     def __init__(self, config):
         super().__init__()
@@ -33,7 +33,6 @@ class Decoder(nn.Module):
                            config.decoder_mlp_hidden_dim, config.recompute)
         self.pixel_head = nn.Linear(D, config.patch_dim, bias=False)
         self.text_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.stats_head = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 2))
 
     def embed_text(self, tokens, start=0):
         """Text inputs: tokens i64[B, T] -> f[B, 1+T, Dd] with BOS in front if `start` is 0, else

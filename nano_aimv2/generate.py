@@ -6,8 +6,7 @@ one token after another.
 *Completions*: given the first M patches, patch M is predicted, turned into pixels and fed back
 through the encoder and the decoder, and so on. M stays fixed, so only later queries ever attend to
 a later patch: what the caches hold never changes, in the encoder's causal region as in the decoder.
-A prediction is a normalised patch; the statistics head adds its mean and deviation (model.py).
-Regression is deterministic: there is no temperature for pixels.
+The patch sampler draws each patch (patch_sampler.py): another seed gives another image.
 
 Lesson: 09.
 """
@@ -18,7 +17,7 @@ from functools import partial
 import torch
 
 from nano_aimv2.layers import KVCache
-from nano_aimv2.patchify import denormalize_patches
+from nano_aimv2.patch_sampler import STEPS, hashed_noise, touching_pixels
 
 
 @dataclass
@@ -131,27 +130,38 @@ def score(model, patches, grid, tokenizer, captions):
     return log_probs.masked_fill(is_padding, 0.0).sum(dim=1)
 
 
-def patch_pixels(model, states):
-    """Decoder states f[B, K, Dd] -> the patches that they predict, as raw pixels u8[B, K, P]."""
-    patches = model.decoder.pixel_head(states).float()
-    if not model.config.raw_pixels:
-        mean, log_std = model.decoder.stats_head(states).float().split(1, dim=-1)
-        patches = denormalize_patches(patches, mean, log_std.exp())
-    return model.encoder.to_pixels(patches)
+def draw_patches(model, states, before, grid, first, seed, steps):
+    """Draw the patches first, first + 1, .. from the states that predict them.
+
+    Args: states: f[B, K, Dd]; before: u8[B, first + K - 1, P] at least, raw pixels of all patches
+        before each of them; grid: i64[B, 2]. The noise follows from (seed, row, patch).
+    Returns: raw pixels u8[B, K, P].
+    """
+    (B, K, _), sampler = states.shape, model.sampler
+    padded = torch.cat([before, before[:, :1]], dim=1)  # a place for the patch that comes
+    touching = touching_pixels(model.encoder.standardize(padded), grid)[:, first : first + K]
+    row, patch = (i.to(states.device).flatten() for i in torch.meshgrid(
+        torch.arange(B), torch.arange(first, first + K), indexing="ij"))
+    noise = hashed_noise(seed, row, patch, sampler.size)
+    drawn = sampler.sample(states.flatten(0, 1), touching.flatten(0, 1), noise, steps)
+    return model.encoder.to_pixels(drawn.unflatten(0, (B, K)))
 
 
 @torch.inference_mode()
-def complete(model, patches, grid, num_given):
+def complete(model, patches, grid, num_given, seed=0, steps=STEPS):
     """Keep the first `num_given` patches in raster order and generate the rest.
 
     Args: model: AIMv2; patches: u8[B, n, P], raw pixels of one grid, not read beyond `num_given`;
-        grid: i64[B, 2]; num_given: M in 1 .. n-1.
+        grid: i64[B, 2]; num_given: M in 1 .. n-1; seed: another one, and another row of the batch,
+        draws other patches; steps: of the sampler, for each patch.
     Returns: u8[B, n, P], given and generated.
-    Raises: ValueError if num_given is out of range or the grids differ in size.
+    Raises: ValueError if num_given or steps is out of range, or the grids differ in size.
     """
     encoder, decoder = model.encoder, model.decoder
     n = patches.shape[1]
     check_given(num_given, grid, n)
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
     positions = encoder.positions(grid, n)
     encoder_caches, decoder_caches = make_caches(encoder.trunk, n), make_caches(decoder.trunk, n)
     pixels, first = patches[:, :num_given], 0  # first: of the patches that are not read yet
@@ -161,20 +171,21 @@ def complete(model, patches, grid, num_given):
         x = decoder.connector(encoder.trunk(x, caches=encoder_caches))
         states = decoder.trunk(x, causal=x.shape[1] > 1, caches=decoder_caches)
         first = pixels.shape[1]
-        pixels = torch.cat([pixels, patch_pixels(model, states[:, -1:])], dim=1)
+        drawn = draw_patches(model, states[:, -1:], pixels, grid, first, seed, steps)
+        pixels = torch.cat([pixels, drawn], dim=1)
     return pixels
 
 
 @torch.inference_mode()
-def teacher_forced(model, patches, grid, num_given):
-    """Like `complete`, but each patch is predicted from the true patches before it: what the image
-    loss measures."""
+def teacher_forced(model, patches, grid, num_given, seed=0, steps=STEPS):
+    """Like `complete`, but each patch is drawn given the true patches before it."""
     check_given(num_given, grid, patches.shape[1])
     prefix_len = torch.full((len(patches),), num_given, device=patches.device)
     features = model.encoder(patches, grid, prefix_len)
     states = model.decoder.trunk(model.decoder.connector(features), causal=True)
-    predicted = patch_pixels(model, states[:, num_given - 1 : -1])
-    return torch.cat([patches[:, :num_given], predicted], dim=1)
+    drawn = draw_patches(model, states[:, num_given - 1 : -1], patches[:, :-1], grid, num_given,
+                         seed, steps)
+    return torch.cat([patches[:, :num_given], drawn], dim=1)
 
 
 def check_given(num_given, grid, n):

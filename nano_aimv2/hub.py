@@ -103,7 +103,7 @@ def load_encoder(path_or_repo):
                for name, tensor in read_weights(path).items()}
     is_apple = any(name.startswith("preprocessor.patchifier.") for name in weights)
     names = "encoder." if is_run else APPLE if is_apple else TRANSFORMERS
-    dropped = re.compile(r"decoder\..*") if is_run else NOT_OURS
+    dropped = re.compile(r"(decoder|sampler)\..*") if is_run else NOT_OURS
     weights = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()
                if not dropped.fullmatch(name)}
     fit_weights(views(encoder, names), weights, folder)
@@ -228,6 +228,10 @@ def fit_weights(own, weights, where):
         where: the file or folder that they come from, for the message.
     Raises: ValueError that lists missing, surplus and misshapen weights.
     """
+    if any(".stats_head." in name for name in weights):
+        raise ValueError(f"the weights in {where} are of a run made before the patch sampler "
+                         "replaced the statistics head: train it again, or keep its encoder "
+                         "alone, save_encoder(load_encoder(RUN), FOLDER) and --init=FOLDER")
     wrong = [f"missing {name}" for name in own.keys() - weights.keys()]
     wrong += [f"surplus {name}" for name in weights.keys() - own.keys()]
     for name in own.keys() & weights.keys():

@@ -26,11 +26,11 @@ class Losses:
     image_count: torch.Tensor  # target patches
     text_sum: torch.Tensor  # over caption tokens and EOS, of the cross-entropy in nats
     text_count: torch.Tensor  # target tokens
-    stats_sum: torch.Tensor  # over target patches, of the statistics head's error (trains it alone)
+    sampler_sum: torch.Tensor  # over target patches, of the patch sampler's error (trains it alone)
 
     def sums(self):
-        """f[3] without gradient: text, image and statistics."""
-        return torch.stack([self.text_sum, self.image_sum, self.stats_sum]).detach()
+        """f[3] without gradient: text, image and sampler."""
+        return torch.stack([self.text_sum, self.image_sum, self.sampler_sum]).detach()
 
     def total(self, alpha, image_count, text_count, text_weight=1.0):
         """The objective, divided by counts summed over the *global* batch.
@@ -41,7 +41,7 @@ class Losses:
             raise ValueError(f"{int(image_count)} target patches and {int(text_count)} target "
                              "tokens in the batch; both must be at least 1: draw prefixes below n, "
                              "and give every image a caption")
-        image = (alpha * self.image_sum + self.stats_sum) / max(image_count, 1)
+        image = (alpha * self.image_sum + self.sampler_sum) / max(image_count, 1)
         return text_weight * self.text_sum / text_count + image
 
 
@@ -54,18 +54,6 @@ def image_loss(predicted, target):
 def text_loss(logits, target):
     """Cross-entropy in float32: logits f[K, V], target i64[K] -> (sum in nats, count K)."""
     return F.cross_entropy(logits.float(), target, reduction="sum"), torch.tensor(len(target))
-
-
-def stats_loss(predicted, mean, std):
-    """Our patch statistics: the sum of absolute errors.
-
-    Args: predicted: f[K, 2] (mean, log std); mean and std: f[K, 1], of the target patches.
-
-    Absolute errors make the head learn the median: where an object may or may not come, the mean of
-    the two cases is neither.
-    """
-    target = torch.cat([mean, std.log()], dim=-1).float()
-    return F.l1_loss(predicted.float(), target, reduction="sum")
 
 
 def text_targets(tokens, num_tokens):

@@ -1,9 +1,8 @@
 """AIMv2: an encoder under a prefix mask, one causal decoder over image and text, two losses.
 
-The whole forward pass is one method. One addition to the paper is ours: a *patch statistics head*,
-two small layers that predict the next patch's mean and log-deviation. The paper's targets are
-normalised, so a generated patch would have neither. The head reads **detached** states: the paper's
-objective does not feel it (see `generate.complete`).
+The whole forward pass is one method. One addition to the paper is ours: a *patch sampler*, a small
+head that draws the next patch, since the paper's pixel head predicts the mean of all that may come,
+normalised. The sampler reads **detached** states: the paper's objective does not feel it.
 
 Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code, but for the
 connector (README, "Differences"). Lessons: 03 to 05.
@@ -15,7 +14,8 @@ from torch import nn
 from nano_aimv2.decoder import Decoder
 from nano_aimv2.encoder import Encoder
 from nano_aimv2.layers import init_linear_layers
-from nano_aimv2.losses import IGNORE, Losses, image_loss, stats_loss, text_loss, text_targets
+from nano_aimv2.losses import IGNORE, Losses, image_loss, text_loss, text_targets
+from nano_aimv2.patch_sampler import PatchSampler, hashed_noise, touching_pixels
 from nano_aimv2.patchify import normalize_patches
 from nano_aimv2.prefix_mask import is_image_target
 
@@ -29,6 +29,7 @@ class AIMv2(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.init_weights()
+        self.sampler = PatchSampler(config)  # the last: the weights above do not depend on it
         self.encoder.requires_grad_(config.encoder_lr > 0)
 
     def init_weights(self):
@@ -41,7 +42,6 @@ class AIMv2(nn.Module):
         head_std = ((1 + self.config.decoder_blocks) * self.config.decoder_dim) ** -0.5
         for head in (decoder.pixel_head, decoder.text_head):
             nn.init.trunc_normal_(head.weight, std=head_std)
-        nn.init.zeros_(decoder.stats_head[-1].weight)
 
     def forward(self, batch, prefix_len, num_targets=(None, None)):
         """One training pass.
@@ -68,17 +68,19 @@ class AIMv2(nn.Module):
         rows = true_rows(is_target, num_targets[0])  # i64[K], into B*A
         states = image_states.flatten(0, 1)[rows - 1]  # f[K, Dd]
         target = patches.flatten(0, 1)[rows]  # f[K, P]
-        normalized, mean, std = normalize_patches(target)  # f[K, P], f[K, 1], f[K, 1]
-        target = target if self.config.raw_pixels else normalized
+        touching = touching_pixels(patches, batch.grid).flatten(0, 1)[rows]  # f[K, 6p + 2]
+        place = batch.first_row + rows // patches.shape[1], rows % patches.shape[1]
+        noise = hashed_noise(self.config.seed, *place, self.sampler.size + 1)  # f[K, C + 1]
+        sampler_sum = self.sampler.loss(target, states.detach(), touching, noise)
+        target = target if self.config.raw_pixels else normalize_patches(target)[0]
         image_sum, image_count = image_loss(decoder.pixel_head(states), target)
-        stats_sum = stats_loss(decoder.stats_head(states.detach()), mean, std)
 
         # Text state t predicts token t: BOS predicts the first, the last token EOS.
         target = text_targets(tokens, batch.num_tokens)  # i64[B, T]
         rows = true_rows(target != IGNORE, num_targets[1])  # i64[K], into B*T
         logits = decoder.text_head(text_states.flatten(0, 1)[rows])  # f[K, V]
         text_sum, text_count = text_loss(logits, target.flatten()[rows])
-        return Losses(image_sum, image_count, text_sum, text_count, stats_sum)
+        return Losses(image_sum, image_count, text_sum, text_count, sampler_sum)
 
 
 def true_rows(mask, count=None):

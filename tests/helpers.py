@@ -22,8 +22,9 @@ from nano_aimv2.config import Config  # noqa: E402
 from nano_aimv2.data.batches import Batch  # noqa: E402
 from nano_aimv2.data.shards import ShardWriter  # noqa: E402
 from nano_aimv2.data.tokenizer import Tokenizer  # noqa: E402
-from nano_aimv2.generate import choose, patch_pixels  # noqa: E402
+from nano_aimv2.generate import choose, draw_patches  # noqa: E402
 from nano_aimv2.model import AIMv2  # noqa: E402
+from nano_aimv2.patch_sampler import STEPS  # noqa: E402
 from nano_aimv2.prefix_mask import prefix_mask  # noqa: E402
 from nano_aimv2.training.metrics import read_metrics  # noqa: E402
 
@@ -50,6 +51,13 @@ def random_batch(config, size=3, num_tokens=(7, 4, 9), grids=None):
         row[n:] = 0
     tokens = torch.randint(config.vocab_size, (size, max(num_tokens)), generator=generator)
     return Batch(patches, grid, tokens, torch.tensor(num_tokens), slice(0, size), size)
+
+
+def liven_sampler(model):
+    """Move the patch sampler away from its start, where it predicts zeros."""
+    with torch.no_grad():
+        for layer in (model.sampler.modulation, model.sampler.final):
+            layer.weight.normal_(std=0.1)
 
 
 def png(value=7, size=(20, 20)):
@@ -214,5 +222,6 @@ def complete_without_caches(model, patches, grid, num_given):
         x = encoder.embed(pixels) + positions[:, :length]
         features = encoder.trunk(x, can_attend=prefix_mask(prefix_len, length))
         states = decoder.trunk(decoder.connector(features), causal=True)
-        pixels = torch.cat([pixels, patch_pixels(model, states[:, -1:])], dim=1)
+        drawn = draw_patches(model, states[:, -1:], pixels, grid, length, seed=0, steps=STEPS)
+        pixels = torch.cat([pixels, drawn], dim=1)
     return pixels

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "nano_aimv2"
 # stands before it here.
 ROOMS = {
     "method": "files flags config patchify prefix_mask positions layers encoder decoder losses "
-              "model native_res generate hub",
+              "patch_sampler model native_res generate hub",
     "data": "tokenizer images tar_index shards mixture batches",
     "training": "optim distributed metrics checkpoint init evaluate",
-    "lab": "plots budget heads encode probe contrastive sizes study bench doctor",
+    "lab": "plots budget drawn heads encode probe contrastive sizes study bench doctor",
 }
 LAB_OF_SCRIPTS = {"train": {"nano_aimv2.lab.plots", "nano_aimv2.lab.budget", "data.scenes"},
                   "sample": {"nano_aimv2.lab.plots"}}

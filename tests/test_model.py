@@ -64,7 +64,7 @@ def test_every_preset_has_head_dim_128_and_a_decoder_of_12_x_1024():
 def test_the_decoder_has_the_papers_size_at_its_vocabulary():
     with torch.device("meta"):
         model = AIMv2(Config.from_preset("large", vocab_size=32_000))
-    of_the_paper = millions_of(model.decoder) - millions_of(model.decoder.stats_head)
+    of_the_paper = millions_of(model.decoder)
     assert abs(of_the_paper - 221) < 0.5
 
 
@@ -147,10 +147,10 @@ def test_padding_changes_nothing():
     for b, n in enumerate((12, 25)):
         here = slice(b, b + 1)
         one = Batch(both.patches[here, :n], both.grid[here], both.tokens[here],
-                    both.num_tokens[here], slice(0, 1), 1)
+                    both.num_tokens[here], slice(0, 1), 1, first_row=b)
         alone.append(model(one, prefix_len[here]))
         close(features[b, :n], model.encoder(one.patches, one.grid)[0])
-    for name in ("image_sum", "image_count", "text_sum", "text_count", "stats_sum"):
+    for name in ("image_sum", "image_count", "text_sum", "text_count", "sampler_sum"):
         close(getattr(padded, name), sum(getattr(one, name) for one in alone), 1e-3)
 
 
@@ -219,12 +219,12 @@ def test_the_end_token_is_trained_and_padding_is_not():
     assert pull[600] < pull[eos] / 10, "padding is not"
 
 
-def test_the_statistics_head_leaves_the_papers_objective_alone():
+def test_the_patch_sampler_leaves_the_papers_objective_alone():
     model = AIMv2(tiny_config())
     losses = model(random_batch(model.config), torch.tensor([3, 8, 2]))
-    losses.stats_sum.backward()
+    losses.sampler_sum.backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]
-    own = [name for name, _ in model.named_parameters() if name.startswith("decoder.stats_head")]
+    own = [name for name, _ in model.named_parameters() if name.startswith("sampler.")]
     assert touched == own != []
 
 

@@ -66,7 +66,7 @@ def test_a_run_leaves_everything_that_is_promised(trained):
     rows = read_metrics(folder / "metrics.jsonl")
     train = [row for row in rows if "loss" in row]
     assert [row["step"] for row in train] == list(range(1, 21))
-    for name in ("loss_text", "loss_image", "loss_stats", "lr", "grad_norm", "step_ms", "data_ms",
+    for name in ("loss_text", "loss_image", "loss_sampler", "lr", "grad_norm", "step_ms", "data_ms",
                  "img_per_s"):
         assert math.isfinite(train[-1][name]), name
     total = train[-1]["loss_text"] + 0.4 * train[-1]["loss_image"]

@@ -47,6 +47,7 @@ class Batch:
     global_size: int  # rows of the global batch
     skipped: list = field(default_factory=list)  # names and reasons of samples that were replaced
     is_full: bool = False  # every image fills its grid: A = rows * cols, no padding
+    first_row: int = 0  # of the run, counted from step 0: the patch sampler's noise follows from it
 
     def to(self, device):
         """The batch on another device; pinned memory is copied without waiting."""
@@ -132,7 +133,8 @@ class TrainingData(torch.utils.data.Dataset):
             ids.append(token_ids)
         if self.areas is not None and area > LONG:  # GPU kernels want a length that 8 divides
             area = -(-area // 8) * 8
-        return collate(images, ids, area, self.config.patch_size, rows, size, skipped)
+        batch = collate(images, ids, area, self.config.patch_size, rows, size, skipped)
+        return replace(batch, first_row=start + rows.start)
 
     def row(self, row, k, index, area, skipped):
         """(pixels, token ids) of row `row` of the run, which is row `index` of source k.

@@ -25,7 +25,6 @@ FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE = {"font.family": FONT, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
          "axes.spines.right": False, "figure.dpi": 110, "axes.titlelocation": "left",
          "legend.frameon": False}
-VERSIONS = ("original", "given", "generated", "teacher-forced")
 SHOWN_FRACTIONS = (0.5, 0.75)  # of the patches given: half an image, and a cut through objects
 BLUE, ORANGE, GREY, GREEN, RED = "#2b6cb0", "#dd6b20", "#718096", "#2f855a", "#c53030"
 
@@ -190,11 +189,12 @@ def show_way(*here):
         plt.show()
 
 
-def completions(model, patches, grid, fraction):
-    """Images with their last patches generated, ready to be shown.
+def completions(model, patches, grid, fraction, num_samples=3, seed=0):
+    """Images with their last patches drawn by the patch sampler, ready to be shown.
 
-    Args: patches: u8[B, A, P]; grid: i64[B, 2]; fraction: share of the patches that is given.
-    Returns: [(original, given, generated, teacher-forced)] in the order of the images, each
+    Args: patches: u8[B, A, P]; grid: i64[B, 2]; fraction: share of the patches that is given, at
+        least one; seed: of the first sample, the others have the seeds that follow.
+    Returns: [(original, given, sample 1, .., teacher-forced)] in the order of the images, each
         u8[H, W, 3]. Images of one grid are generated together.
     """
     found = [None] * len(grid)
@@ -205,8 +205,8 @@ def completions(model, patches, grid, fraction):
         num_given = min(max(1, round(fraction * n)), n - 1)
         given = whole.clone()
         given[:, num_given:] = 128
-        versions = [whole, given, complete(model, whole, grids, num_given),
-                    teacher_forced(model, whole, grids, num_given)]
+        samples = [complete(model, whole, grids, num_given, seed + i) for i in range(num_samples)]
+        versions = [whole, given, *samples, teacher_forced(model, whole, grids, num_given, seed)]
         shape = tuple(rows_cols.tolist())
         images = [unpatchify(v, shape, model.config.patch_size) for v in versions]
         images = [v.permute(0, 2, 3, 1).cpu().numpy() for v in images]  # each u8[same, H, W, 3]
@@ -249,16 +249,17 @@ def samples_page(captioned, completed, path, title):
 
     Args:
         captioned: [(pixels u8[H, W, 3], generated text, written text or None)], one or more.
-        completed: [(original, given, generated, teacher-forced)], each u8[H, W, 3]; may be empty.
+        completed: [(original, given, sample 1, .., teacher-forced)], u8[H, W, 3] each, or empty.
     """
     columns = min(4, len(captioned))
     rows = math.ceil(len(captioned) / columns)
     tallest = max(pixels.shape[0] / pixels.shape[1] for pixels, *_ in captioned)
     per_line = 1 if tallest < 0.6 else 2  # panoramas need less height and more width
     lines = math.ceil(len(completed) / per_line)
+    across = per_line * len(completed[0]) if completed else 0  # images on a line
     heights = [min(2.6, 0.7 + WIDTH / columns * tallest) * rows]
     if completed:
-        heights.append(min(1.35, 0.15 + WIDTH / 4 / per_line * tallest) * lines + 0.3)
+        heights.append(min(1.35, 0.15 + WIDTH / across * tallest) * lines + 0.3)
     with new_figure(path, sum(heights) + 0.5) as figure:
         figure.get_layout_engine().set(hspace=0.01, h_pad=0.02)
         figure.suptitle(drawable(title))
@@ -272,10 +273,12 @@ def samples_page(captioned, completed, path, title):
             else:
                 show_image(axis, pixels, f"{wrap(text)}\nwritten: {wrap(written)}", RED)
         if completed:
-            axes = blank_axes(parts[1], lines, 4 * per_line)
+            axes = blank_axes(parts[1], lines, across)
             images = [pixels for versions in completed for pixels in versions]
+            samples = [f"sample {i}" for i in range(1, len(completed[0]) - 2)]
+            names = ["original", "given", *samples, "teacher-forced"] * per_line
             for i, (axis, pixels) in enumerate(zip(axes, images, strict=False)):
-                show_image(axis, pixels, VERSIONS[i % 4] if i < 4 * per_line else "")
+                show_image(axis, pixels, names[i] if i < across else "")
     return figure
 
 

@@ -262,8 +262,9 @@ def restore(run_dir, model, optimizer, runtime, scaler=None):
             warnings.simplefilter("ignore")
             dcp.load(state, checkpoint_id=folder / name, no_dist=runtime.world == 1)
     except dcp.api.CheckpointException as error:
-        raise ValueError(f"checkpoint {folder / name} does not fit this run or this version of "
-                         f"torch ({reason_of(error)}): choose another --run_dir") from error
+        raise ValueError(f"checkpoint {folder / name} does not fit this run; another version of "
+                         f"this code or of torch may have written it ({reason_of(error)}): choose "
+                         "another --run_dir") from error
     sharded.set_state_dict(model, optimizer, model_state_dict=state["model"],
                            optim_state_dict=state["optimizer"])
     if scaler:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nano_aimv2.data.batches import capped
 from nano_aimv2.files import write_text
+from nano_aimv2.patch_sampler import MAX_COEFFICIENTS, NUM_BLOCKS, TIME_FEATURES, WIDTH
 from nano_aimv2.training.distributed import ReadLater
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets.
@@ -46,22 +47,34 @@ def encoder_flops(config, num_patches):
                                config.mlp_hidden_dim)
 
 
+def sampler_flops(config):
+    """Matmul FLOPs of the patch sampler for one patch: (forward, what its backward pass saves,
+    since nothing before it is trained by it)."""
+    C = min(MAX_COEFFICIENTS, config.patch_dim)
+    inputs = 2 * WIDTH * (C + config.decoder_dim + 6 * config.patch_size + 2 + TIME_FEATURES)
+    frequencies = 2 * C * config.patch_dim
+    forward = frequencies + inputs + 2 * WIDTH * ((5 + 2 * NUM_BLOCKS) * WIDTH + C)
+    return forward, inputs + 2 * frequencies
+
+
 def train_flops(config, num_patches, text_length, image_targets, text_targets):
     """Matmul FLOPs of forward and backward of one image-text pair.
 
     Args: A patches, T text inputs, and the numbers of rows that reach the two heads.
 
     The backward pass costs twice the forward pass, minus gradients that nobody needs: those of the
-    pixels (with a frozen encoder all of its own and those of its features), and those that would
-    leave the statistics head.
+    pixels (with a frozen encoder all of its own and those of its features), and those of the patch
+    sampler's inputs.
     """
     D, patch_dim, encoder = config.decoder_dim, config.patch_dim, encoder_flops(config, num_patches)
     connector = 2 * num_patches * config.embed_dim * D
     forward = encoder + connector
     forward += trunk_flops(num_patches + text_length, D, config.decoder_blocks,
                            config.decoder_mlp_hidden_dim)
-    forward += 2 * D * (image_targets * (patch_dim + D + 2) + text_targets * config.vocab_size)
-    unused = 2 * D**2 * image_targets + (
+    forward += 2 * D * (image_targets * patch_dim + text_targets * config.vocab_size)
+    sampler, saved = sampler_flops(config)
+    forward += image_targets * sampler
+    unused = image_targets * saved + (
         2 * num_patches * patch_dim * config.embed_dim if config.encoder_lr else
         2 * encoder + connector)
     return 3 * forward - unused
@@ -199,10 +212,11 @@ class Progress:
 
 
 def mean_losses(config, sums, image_count, text_count):
-    """{loss, loss_text, loss_image, loss_stats} from the sums and counts of all ranks."""
-    text, image, stats = sums[0] / text_count, *(total / max(image_count, 1) for total in sums[1:])
+    """{loss, loss_text, loss_image, loss_sampler} from the sums and counts of all ranks."""
+    text = sums[0] / text_count
+    image, sampler = (total / max(image_count, 1) for total in sums[1:])
     return dict(loss=config.text_weight * text + config.alpha * image, loss_text=text,
-                loss_image=image, loss_stats=stats)
+                loss_image=image, loss_sampler=sampler)
 
 
 def say(runtime, *lines):

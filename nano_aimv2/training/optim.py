@@ -11,6 +11,8 @@ import math
 
 import torch
 
+SAMPLER_LR = 3.0  # the patch sampler's learning rate, as a multiple of the others'
+
 
 def lr_at(step, lr, min_lr, warmup_steps, steps):
     """Learning rate of step 0, 1, ..: linear warm-up to `lr`, then half a cosine to `min_lr`."""
@@ -33,7 +35,7 @@ def make_optimizer(model, lr, weight_decay, betas, encoder_lr=1.0):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            scale = encoder_lr if name.startswith("encoder.") else 1.0
+            scale = {"encoder": encoder_lr, "sampler": SAMPLER_LR}.get(name.split(".")[0], 1.0)
             groups.setdefault((is_decayed(name, p), scale), []).append(p)
     groups = [{"params": parameters, "lr": lr * scale, "lr_scale": scale,
                "weight_decay": weight_decay / lr * decayed}
@@ -43,9 +45,9 @@ def make_optimizer(model, lr, weight_decay, betas, encoder_lr=1.0):
 
 def clipped_parameters(model):
     """The parameters whose gradient norm is clipped: those of the paper's objective, without our
-    statistics head, which must not change it."""
+    patch sampler, which must not change it."""
     return [p for name, p in model.named_parameters()
-            if "stats_head" not in name and p.requires_grad]
+            if not name.startswith("sampler.") and p.requires_grad]
 
 
 def set_lr(optimizer, lr):

@@ -1,0 +1,178 @@
+"""Drawn: are the patches that a run draws like real ones? Numbers, and a picture.
+
+    python -m nano_aimv2.lab.drawn --run_dir=runs/toy --judge=runs/toy-seed1
+
+Held-out images are completed from half of their patches. What came out is compared with real
+training images, and so are the held-out images themselves: that is the floor, real against real.
+
+- *Fréchet distance* between the features of two sets of images, as two Gaussians (Heusel et al.,
+  arXiv 1706.08500), by the encoder of another run, the judge: of whole images, and of the lower
+  half alone. It grows with wrong content and with missing variety.
+- *Gradient energy*: mean squared difference of neighbouring pixels in the lower half (0..255).
+- *Seams*: the same across borders of patches, over that within patches.
+- *Names*: share of images in whose caption the judge names something below ("bottom", toy scenes),
+  or the image's label (photographs).
+
+Everything is drawn with several seeds; +- is the standard deviation over them.
+
+Lesson: 09.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from nano_aimv2.data.mixture import open_sources
+from nano_aimv2.files import write_text
+from nano_aimv2.flags import check_at_least, read_flags, run_command
+from nano_aimv2.generate import caption, complete
+from nano_aimv2.lab.plots import completions, samples_page
+from nano_aimv2.patchify import unpatchify
+from nano_aimv2.training.checkpoint import load_model
+from nano_aimv2.training.distributed import choose_device
+from nano_aimv2.training.evaluate import Evaluation, held_out_sources
+
+SHOWN = 8  # images of the picture
+
+
+@dataclass
+class Options:
+    run_dir: str = "runs/toy"  # the run that draws
+    judge: str = ""  # another run: its encoder compares, its captions name
+    data: str = ""  # held-out images as path:kind; empty: the run's own
+    images: int = 1000  # at most so many held-out and as many training images
+    seeds: int = 3  # random seeds of the patches
+    out: str = ""  # folder for drawn.json and drawn.png; empty: the run's
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        check_at_least(self, images=50, seeds=1)
+        if not self.judge or Path(self.judge).resolve() == Path(self.run_dir).resolve():
+            raise ValueError(f"judge={self.judge!r} must be another run than the one that draws: "
+                             "train one with another --seed and give --judge=RUN")
+
+
+def frechet_distance(a, b):
+    """Between Gaussians fitted to two sets of vectors, f[N, D] and f[M, D]: |mean difference|^2 +
+    tr(Ca + Cb - 2 (Ca Cb)^(1/2)). Source: arXiv 1706.08500."""
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(a.T.cov())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + values.sum() + b.T.cov().trace()
+                 - 2 * cross)
+
+
+def pixel_numbers(patches, grid, p):
+    """(gradient energy, seams) of the lower half of images: patches u8[B, n, P]."""
+    pixels = unpatchify(patches, grid, p).float()[:, :, grid[0] // 2 * p :]
+    down, right = pixels.diff(dim=2).square(), pixels.diff(dim=3).square()
+    at_seam = [(torch.arange(d.shape[dim]) + 1) % p == 0 for d, dim in ((down, 2), (right, 3))]
+    seams = torch.cat([down[:, :, at_seam[0]].flatten(), right[..., at_seam[1]].flatten()]).mean()
+    inside = torch.cat([down[:, :, ~at_seam[0]].flatten(), right[..., ~at_seam[1]].flatten()])
+    return float(down.mean() + right.mean()) / 2, float(seams / inside.mean())
+
+
+class Judge:
+    """What another run's encoder and captions say of images."""
+
+    def __init__(self, run_dir, device):
+        self.model, self.config, self.tokenizer = load_model(run_dir, device)
+
+    @torch.inference_mode()
+    def features(self, patches, grid):
+        """Mean features f[N, D] of whole images, and of their lower halves; `grid`: one for all."""
+        parts, half = [], grid[0] // 2 * grid[1]
+        for part in patches.split(64):
+            grids = torch.tensor([grid] * len(part), device=part.device)
+            f = self.model.encoder(part, grids).float()
+            parts.append((f.mean(dim=1), f[:, half:].mean(dim=1)))
+        return [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+
+    def naming(self, patches, grid, labels):
+        """Share of captions that name something below, or the label of the image."""
+        texts = []
+        for part in patches.split(64):
+            grids = torch.tensor([grid] * len(part), device=part.device)
+            texts += [c.text for c in caption(self.model, part, grids, self.tokenizer)]
+        named = [label in text if label else "bottom" in text
+                 for text, label in zip(texts, labels, strict=True)]
+        return mean(named)
+
+    def numbers(self, patches, grid, labels, real):
+        """All numbers of images u8[N, n, P] against the features of real ones."""
+        found = self.features(patches, grid)
+        energy, seams = pixel_numbers(patches.cpu(), grid, self.config.patch_size)
+        return {"frechet": frechet_distance(found[0], real[0]),
+                "frechet_lower_half": frechet_distance(found[1], real[1]),
+                "gradient_energy": energy, "seams": seams,
+                "named": self.naming(patches, grid, labels)}
+
+
+def read_images(source, config, tokenizer, count, device):
+    """(patches u8[N, n, P], grid (rows, cols), label or None of each image)."""
+    evaluation = Evaluation(source, config, tokenizer, count)
+    grids = torch.cat([batch.grid for batch in evaluation.batches])
+    if len(grids.unique(dim=0)) > 1:
+        raise ValueError(f"{source.path}: images on several grids; a native run cannot be measured")
+    patches = torch.cat([batch.patches for batch in evaluation.batches]).to(device)
+    return patches, tuple(grids[0].tolist()), evaluation.label_names
+
+
+def draw_and_measure(options):
+    """(rows {name: numbers or lists of numbers over seeds}, what the picture shows)."""
+    device = choose_device(options.device)
+    model, config, tokenizer = load_model(options.run_dir, device)
+    judge = Judge(options.judge, device)
+    if (judge.config.image_size, judge.config.patch_size) != (config.image_size, config.patch_size):
+        raise ValueError(f"judge={options.judge} was trained on other sizes than {options.run_dir}")
+    sources = (open_sources(options.data, "val") if options.data
+               else list(held_out_sources(config).values()))
+    if not sources:
+        raise ValueError(f"{config.data} has no val folder: give --data=PATH:KIND")
+    train = max(open_sources(config.data), key=lambda source: source.weight)
+    real, grid, _ = read_images(train, config, tokenizer, options.images, device)
+    held, _, labels = read_images(sources[0], config, tokenizer, options.images, device)
+    real_features = judge.features(real, grid)
+    rows = {"real": judge.numbers(held, grid, labels, real_features)}
+    num_given = grid[0] // 2 * grid[1]
+    grids, drawn = torch.tensor([grid] * len(held), device=device), []
+    for seed in range(options.seeds):
+        parts = [complete(model, part, g, num_given, seed)
+                 for part, g in zip(held.split(250), grids.split(250), strict=True)]
+        drawn.append(judge.numbers(torch.cat(parts), grid, labels, real_features))
+    rows["drawn"] = {name: [row[name] for row in drawn] for name in drawn[0]}
+    rows["images"] = [len(held), len(real)]
+    completed = completions(model, held[:SHOWN], grids[:SHOWN], 0.5)
+    texts = caption(judge.model, parts[0][:SHOWN], grids[:SHOWN], judge.tokenizer)
+    captioned = [(versions[-2], c.text, None) for versions, c in zip(completed, texts, strict=True)]
+    return rows, (captioned, completed)
+
+
+def table_of(rows):
+    """Lines of the table."""
+    lines = [f"{'':20}{'real':>9}{'drawn':>9}{'+-':>7}{'ratio':>8}"]
+    for name, values in rows["drawn"].items():
+        real, spread = rows["real"][name], stdev(values) if len(values) > 1 else float("nan")
+        lines.append(f"{name:20}{real:9.3f}{mean(values):9.3f}{spread:7.3f}"
+                     f"{mean(values) / real:8.2f}")
+    return lines
+
+
+def main(argv):
+    options = Options(**read_flags(argv, Options, doc=__doc__)[0])
+    rows, shown = draw_and_measure(options)
+    out = Path(options.out or options.run_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "drawn.json", json.dumps(rows, indent=1) + "\n")
+    samples_page(*shown, out / "drawn.png", f"{Path(options.run_dir).name}: lower halves drawn "
+                 "three times, and what the judge says of the third")
+    print("\n".join(table_of(rows)))
+    print(f"written: {out}/drawn.json, {out}/drawn.png")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,175 @@
+"""Patch sampler: draws the next patch, where regression gives the mean of all that may come.
+
+The paper's pixel head predicts one patch with the least squared error. Where an object may stand or
+not, that is half an object: a grey block. This head *samples*. It is a rectified flow (Liu et al.,
+2022), a straight path from noise e to a patch x, both f[C]:
+
+    x_t = t x + (1 - t) e        t = 0: noise, t = 1: the patch        velocity  dx_t/dt = x - e
+
+A small MLP sees x_t, t, the decoder's state and the pixels that touch the patch, and predicts the
+clean patch; (predicted - x_t) / (1 - t) is then the velocity. Sampling starts from noise and takes
+Euler steps along it. Another noise gives another patch.
+
+x are the lowest frequencies of the patch (a 2-D DCT), scaled to about unit variance: what the eye
+sees, in a few numbers. The states are **detached**: the paper's objective does not feel this head.
+
+Pipeline: decoder states -> **patches to look at**. Source: MAR's loss per token (arXiv 2406.11838).
+Lesson: 09.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nano_aimv2.layers import init_linear_layers
+
+WIDTH, NUM_BLOCKS = 256, 3
+MAX_COEFFICIENTS = 64
+DECAY = 1.9  # the deviation of natural images falls about as 1 / (1 + frequency)^1.9
+MAX_WEIGHT = 20.0  # of an error near t = 1, where the velocity divides by 1 - t
+STEPS = 20  # Euler steps of a sample
+TIME_FEATURES = 32  # cosines and sines of t
+TIME = -0.8, 1.0  # t = sigmoid(normal) in training: mean and deviation of the normal
+HASH = tuple(n - (1 << 64) if n >> 63 else n for n in (  # splitmix64's constants as i64
+    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def lowest_frequencies(p):
+    """The 2-D DCT of a patch of p x p pixels: (orthonormal basis f[C, P], C = min(64, P), lowest
+    frequency first; the scale of each coefficient, p / (1 + frequency)^DECAY, f[C])."""
+    k = torch.arange(p, dtype=torch.float64)
+    waves = torch.cos(math.pi / p * (k + 0.5) * k[:, None]) * (2 / p) ** 0.5  # [frequency, pixel]
+    waves[0] *= 0.5**0.5
+    channels = torch.eye(3, dtype=torch.float64)
+    basis = torch.einsum("ui,vj,cd->uvcijd", waves, waves, channels).reshape(p * p * 3, -1)
+    frequency = (k[:, None] ** 2 + k**2).sqrt().flatten().repeat_interleave(3)
+    order = frequency.argsort(stable=True)[:MAX_COEFFICIENTS]
+    scale = p / (1 + frequency[order]) ** DECAY
+    return basis[order].float(), scale.float()
+
+
+def touching_pixels(patches, grid):
+    """The pixels that a patch touches: the last column of its left neighbour and the last row of
+    its upper one, and whether they are there.
+
+    Args: patches: f[B, A, P], standardised; grid: i64[B, 2].
+    Returns: f[B, A, 2 * 3p + 2], zeros where there is no neighbour.
+    """
+    B, A, P = patches.shape
+    p = round((P / 3) ** 0.5)
+    pixels = patches.view(B, A, p, p, 3)
+    cols = grid[:, 1:]  # [B, 1]
+    k = torch.arange(A, device=patches.device)[None]
+    found = []
+    for distance, edge in ((torch.ones_like(cols), pixels[:, :, :, -1]), (cols, pixels[:, :, -1])):
+        is_there = k >= cols if distance is cols else k % cols > 0  # [B, A]
+        source = (k - distance).clamp(min=0)[..., None].expand(-1, -1, 3 * p)
+        found += [edge.flatten(2).gather(1, source) * is_there[..., None], is_there[..., None]]
+    return torch.cat([part.to(patches.dtype) for part in found], dim=-1)
+
+
+def hashed_noise(seed, rows, patches, size):
+    """Standard normal noise that follows from (seed, row of the run, patch), made on the device.
+
+    Args: seed: int; rows, patches: i64[K]. Returns: f32[K, size].
+    """
+    key = mix(mix(rows + mix(torch.full_like(rows, seed))) + patches)[:, None]
+    u, v = to_uniform(mix(key + torch.arange(2 * size, device=rows.device))).chunk(2, dim=1)
+    return (-2 * u.log()).sqrt() * torch.cos(2 * math.pi * v)  # Box-Muller
+
+
+def mix(x):
+    """A hash of i64 numbers (splitmix64)."""
+    x = x + HASH[0]
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * HASH[1]
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * HASH[2]
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def to_uniform(x):
+    """i64 -> f32 in (0, 1)."""
+    return ((x >> 40 & 0xFFFFFF).float() + 0.5) / (1 << 24)
+
+
+class FlowBlock(nn.Module):
+    """h + gate * MLP(norm(h) * (1 + scale) + shift): forward(h f[K, W], modulation f[K, 3 W]).
+
+    Scale, shift and gate follow from state and time by one layer for all blocks, and a vector of
+    each block's own. They start at zero.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(3 * WIDTH))
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h, modulation):
+        scale, shift, gate = (modulation + self.modulation).chunk(3, dim=-1)
+        x = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
+        return h + gate * self.fc2(F.silu(self.fc1(x)))
+
+
+def two_layers(size):
+    return nn.Sequential(nn.Linear(size, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class PatchSampler(nn.Module):
+    """The head: `loss` trains it, `sample` draws patches."""
+
+    def __init__(self, config):
+        super().__init__()
+        p = config.patch_size
+        basis, scale = lowest_frequencies(p)
+        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.embed = nn.Linear(len(basis), WIDTH)
+        self.embed_state = two_layers(config.decoder_dim + 2 * 3 * p + 2)
+        self.embed_time = two_layers(TIME_FEATURES)
+        self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
+        self.blocks = nn.ModuleList(FlowBlock() for _ in range(NUM_BLOCKS))
+        self.final = nn.Linear(WIDTH, len(basis))
+        init_linear_layers(self)
+        for layer in (self.modulation, self.final):  # at first each block is the identity
+            nn.init.zeros_(layer.weight)
+
+    @property
+    def size(self):
+        """C: how many numbers of noise a patch takes."""
+        return len(self.scale)
+
+    def condition(self, states, touching):
+        """States f[K, Dd], touching f[K, 6p + 2] -> f[K, W]."""
+        return self.embed_state(torch.cat([states.float(), touching.float()], dim=-1))
+
+    def clean(self, x, t, condition):
+        """The patch that x_t came from: x f[K, C], t f[K, 1], condition f[K, W] -> f[K, C]."""
+        angle = t * torch.logspace(0, 2, TIME_FEATURES // 2, device=x.device)
+        time = self.embed_time(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        h, modulation = self.embed(x), self.modulation(F.silu(condition + time))
+        for block in self.blocks:
+            h = block(h, modulation)
+        return self.final(F.layer_norm(h, h.shape[-1:])).float()
+
+    def loss(self, patches, states, touching, noise):
+        """Sum over patches of the mean squared error of the velocity.
+
+        Args: patches: f[K, P], standardised; states: f[K, Dd], detached; touching: f[K, 6p + 2];
+            noise: f[K, C + 1], the last for t.
+        """
+        t = (TIME[0] + TIME[1] * noise[:, -1:]).sigmoid()  # [K, 1]
+        x = patches.float() @ self.basis.T / self.scale  # [K, C]
+        x_t = t * x + (1 - t) * noise[:, :-1]
+        error = self.clean(x_t, t, self.condition(states, touching)) - x
+        return (error / (1 - t).clamp(min=1 / MAX_WEIGHT)).square().mean(dim=-1).sum()
+
+    def sample(self, states, touching, noise, steps=STEPS):
+        """Patches f[K, P], standardised, from noise f[K, C]; the rest as in `loss`. The steps are
+        short at the start, where it is decided what comes."""
+        condition = self.condition(states, touching)
+        x, times = noise, torch.linspace(0, 1, steps + 1, device=noise.device) ** 2
+        for t, after in zip(times[:-1], times[1:], strict=True):
+            velocity = (self.clean(x, t.expand(len(x), 1), condition) - x) / (1 - t)
+            x = x + (after - t) * velocity
+        return (x * self.scale) @ self.basis
