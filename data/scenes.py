@@ -1,11 +1,12 @@
 """Toy scenes: small colour images with exact captions, drawn from a seed.
 
 One to three objects (shape x colour x size) stand in different quarters of a textured two-colour
-gradient. Every scene has a short noisy alt-text, like those on the web, and a dense caption of
-everything in it, like those of a captioning model:
+gradient. Every scene has a short noisy alt-text, like those on the web, a dense caption of
+everything in it, like those of a captioning model, and the same facts in another wording:
 
     alt-text    "red star.jpg"
     synthetic   "top left a large red star, bottom right a small blue ring"
+    terse       "star: red, large, top left; ring: blue, small, bottom right"
 
 Eight of the 64 shape-colour pairs are *novel*: they never occur in `train` and `val`, and every
 scene of the split `novel` has one of them. A model that names them has composed, not remembered.
@@ -150,6 +151,12 @@ def dense_caption(objects):
     return ", ".join(f"{place} a {size} {colour} {shape}" for place, size, colour, shape in objects)
 
 
+def terse_caption(objects):
+    """The facts of the dense caption in another wording: 'star: red, large, top left; ..'."""
+    return "; ".join(f"{shape}: {colour}, {size}, {place}"
+                     for place, size, colour, shape in objects)
+
+
 def alt_text(objects, rng):
     """A caption like those on the web: a word or two about one object, a file name, or nothing
     useful."""
@@ -190,7 +197,7 @@ def encoded_scene(address):
     pixels, alt, dense, objects = make_scene(*address)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    metadata = {"synthetic": [dense], "objects": objects}
+    metadata = {"synthetic": [dense], "terse": terse_caption(objects), "objects": objects}
     return f"{address[0]}_{address[1]:06d}", file.getvalue(), alt, metadata
 
 

@@ -40,8 +40,8 @@ class Config:
     init: str = ""  # start from the weights of a run, or of an encoder (a folder or repository id)
 
     # data
-    data: str = "data/scenes:synthetic:85,data/scenes:alt:15"  # path:alt|synthetic:weight,...
-    val_data: str = ""  # path:caption-kind; empty: val/ beside the largest source's train/
+    data: str = "data/scenes:synthetic:85,data/scenes:alt:15"  # path:kind:weight,..
+    val_data: str = ""  # path:kind; empty: val/ beside the largest source's train/
     max_tokens: int = 32  # a caption with its end token is cut here
     tokenizer: str = "toy.tiktoken"  # a rank file, or the name of a tiktoken encoding such as gpt2
     vocab_size: int = 768  # at least the tokenizer's; the rest is padding that is never predicted

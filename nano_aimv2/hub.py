@@ -103,7 +103,7 @@ def load_encoder(path_or_repo):
                for name, tensor in read_weights(path).items()}
     is_apple = any(name.startswith("preprocessor.patchifier.") for name in weights)
     names = "encoder." if is_run else APPLE if is_apple else TRANSFORMERS
-    dropped = re.compile(r"(decoder|sampler)\..*") if is_run else NOT_OURS
+    dropped = re.compile(r"(?!encoder\.).*") if is_run else NOT_OURS
     weights = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()
                if not dropped.fullmatch(name)}
     fit_weights(views(encoder, names), weights, folder)

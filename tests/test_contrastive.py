@@ -6,9 +6,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import random_batch, tiny_config
+from helpers import as_run, random_batch, tiny_config
 
 from nano_aimv2.data.tokenizer import Tokenizer
+from nano_aimv2.hub import save_encoder
 from nano_aimv2.lab import contrastive
 from nano_aimv2.lab.contrastive import (
     CLIP,
@@ -106,8 +107,9 @@ def test_a_text_vector_depends_on_nothing_but_its_caption_up_to_eos():
         assert (changed[1] - found[1]).abs().max() > 1e-3
 
 
-def test_an_image_vector_depends_on_nothing_but_its_valid_patches():
-    config = tiny_config()
+@pytest.mark.parametrize("encoder_lr", [1.0, 0.0])
+def test_an_image_vector_depends_on_nothing_but_its_valid_patches(encoder_lr):
+    config = tiny_config(encoder_lr=encoder_lr)
     model, batch = CLIP(config), random_batch(config, grids=[(5, 5), (2, 3), (4, 3)])
     found = model.image_vectors(batch.patches, batch.grid)
     close(found.norm(dim=1), torch.ones(3))
@@ -130,6 +132,37 @@ def test_the_encoder_and_the_text_trunk_are_shaped_like_aimv2s():
     assert shapes(ours.encoder) == shapes(theirs.encoder)
     assert shapes(ours.text_trunk) == shapes(theirs.decoder.trunk)
     assert math.exp(-ours.log_scale.item()) == pytest.approx(0.07)
+
+
+def test_attention_pools_with_one_query_per_head_over_the_valid_patches():
+    torch.manual_seed(0)
+    pool, features = contrastive.AttentionPool(24, 3), torch.randn(4, 10, 24)
+    is_valid = contrastive.valid_patches(torch.tensor([[2, 5], [1, 3], [3, 3], [1, 1]]), 10)
+    assert is_valid.sum(dim=1).tolist() == [10, 3, 9, 1]
+    pool.query.data.mul_(100)  # else all patches weigh nearly the same
+    found = pool(features, is_valid)
+    for x, valid, row in zip(features, is_valid, found, strict=True):
+        k, v = pool.k_proj(x[valid]), pool.v_proj(x[valid])
+        for head in torch.arange(24).split(8):
+            weights = (k[:, head] @ pool.query[head] / 8**0.5).softmax(dim=0)
+            close(row[head], weights @ v[:, head])
+
+
+def test_a_locked_encoder_gets_no_gradient_and_everything_else_learns():
+    torch.manual_seed(0)
+    config = tiny_config(encoder_lr=0.0)
+    model, batch, records = CLIP(config), random_batch(config), []
+    model.encoder.register_forward_hook(lambda *_: records.append(torch.is_grad_enabled()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95))
+    train_step(model, optimizer, batch, 1.0, RUNTIME)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if not name.startswith("encoder.")}
+    assert records == [False], "a locked encoder needs nothing for a backward pass"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model.image_vectors(batch.patches, batch.grid)
+    close(rounded, model.image_vectors(batch.patches, batch.grid), 0.05)
 
 
 def test_every_weight_learns_and_the_scale_stays_below_its_cap():
@@ -177,6 +210,31 @@ def test_a_run_learns_and_leaves_what_is_promised(clip_run):
     model, config, tokenizer = load_model(clip_run, kind=CLIP)
     assert config.batch_size == 12 and tokenizer.eos < config.vocab_size and not model.training
     assert (clip_run / "tokenizer.tiktoken").exists()
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_locked_run_has_the_encoder_of_a_run_or_of_published_weights(
+        is_run, scenes, tmp_path):
+    torch.manual_seed(0)
+    init = tmp_path / "parent"
+    parent = as_run(init)
+    if not is_run:
+        init = tmp_path / "published"
+        save_encoder(parent.encoder, init)
+    folder = tmp_path / "lit"
+    flags = [f"--data={scenes}:synthetic:1", "--device=cpu", "--dtype=float32", "--steps=60",
+             "--lr=1e-3", "--warmup_steps=4", "--batch_size=12", "--log_every=1",
+             "--eval_images=16", f"--init={init}", "--lock=true", f"--run_dir={folder}"]
+    contrastive.main(flags)
+    model, config, _ = load_model(folder, kind=CLIP)
+    assert (config.embed_dim, config.image_size, config.patch_size) == (24, 20, 4)
+    assert config.decoder_dim == (32 if is_run else 192), "published weights have no text tower"
+    for name, weight in model.encoder.state_dict().items():
+        assert torch.equal(weight, parent.encoder.state_dict()[name]), name
+    losses = losses_of(folder)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+    contrastive.main(flags)  # finished: left as it is
+    assert losses_of(folder) == losses
 
 
 def test_a_runs_encoder_can_be_probed(clip_run, scenes):
@@ -261,7 +319,10 @@ def test_a_finished_run_is_left_as_it_is_and_an_interrupted_one_starts_again(
 @pytest.mark.parametrize("flag, message", [
     ("--grad_accum=2", "use --grad_accum=1"),
     ("--batch_size=1", "least --batch_size=2"),
-    ("--init=runs/x", "leave --init out"),
+    ("--init=runs/x", "leave --init out, or keep this encoder with --lock=true"),
+    ("--lock=true", "name it, --init=runs/toy"),
+    ("--lock=true --init=none", "none is neither a folder nor a repository id"),
+    ("--encoder_lr=0.5", "leave --encoder_lr out"),
     ("--dtype=float16", "use --dtype=float32"),
     ("--vocab_size=700", "use --vocab_size=768"),
     ("--data=none", "does not exist"),
@@ -269,7 +330,7 @@ def test_a_finished_run_is_left_as_it_is_and_an_interrupted_one_starts_again(
 ])
 def test_bad_settings_are_refused_before_anything_is_written(flag, message, clip_flags, tmp_path):
     with pytest.raises(ValueError, match=message):
-        contrastive.main([*clip_flags, flag, f"--run_dir={tmp_path / 'run'}"])
+        contrastive.main([*clip_flags, *flag.split(), f"--run_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists(), "the folder is free for the corrected flags"
 
 
@@ -285,7 +346,9 @@ def test_many_processes_and_a_folder_of_train_py_are_refused(
         contrastive.main([*clip_flags, f"--run_dir={tmp_path}"])
 
 
-def test_without_run_dir_it_stays_out_of_train_pys_folder():
+def test_without_run_dir_it_stays_out_of_train_pys_folder(learned):
     assert contrastive.read_config(["--preset=photos"]).run_dir == "runs/photos-clip"
+    locked = contrastive.read_config([f"--init={learned[0]}", "--lock"])
+    assert locked.run_dir == "runs/toy-lit" and locked.encoder_lr == 0
     for flags in (["--run_dir=runs/here"], ["--run-dir", "runs/here"]):
         assert contrastive.read_config(flags).run_dir == "runs/here"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -27,7 +28,7 @@ from nano_aimv2.data.batches import (
     read_in_order,
     to_patches,
 )
-from nano_aimv2.data.mixture import deal, open_sources, parse_mixture, permuted
+from nano_aimv2.data.mixture import deal, open_sources, parse_mixture, permuted, pick_caption
 from nano_aimv2.data.shards import Shards, ShardWriter
 from nano_aimv2.data.tokenizer import Tokenizer
 from nano_aimv2.native_res import best_grid, draw_areas
@@ -183,10 +184,11 @@ def test_a_mixture_keeps_its_shares_in_every_round(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("a:dense:1", "alt, synthetic"), ("a:alt:x", "weight 'x'"), ("a:alt:-1", "'-1' must"),
+    ("a:2", "kind '2' must be names, and the weight comes third: write path:kind:weight"),
+    ("a:alt:x", "weight 'x'"), ("a:alt:-1", "'-1' must"), (r"C:\a:1.5", "caption kind '1.5'"),
     ("a:alt:0", "'0' must be a number above 0"), ("a:alt:", "weight ''"), ("", "names no source"),
     (":alt:1", "path:kind:weight"), ("a::1", "caption kind ''"), ("a:alt:nan", "above 0"),
-    ("a:long", "caption kind 'long'")])
+    ("a:b:alt", "weight 'alt'"), ("a:alt:1,,b:x:y", "part 'b:x:y': weight 'y'")])
 def test_a_mixture_that_cannot_be_read_says_how(text, message):
     with pytest.raises(ValueError, match=message):
         parse_mixture(text)
@@ -195,8 +197,10 @@ def test_a_mixture_that_cannot_be_read_says_how(text, message):
 @pytest.mark.parametrize("text, path, kind", [
     (r"C:\photos:synthetic:2", r"C:\photos", "synthetic"), ("d:/a b:alt", "d:/a b", "alt"),
     (r"C:\photos", r"C:\photos", "alt"), ("a:b:alt:1", "a:b", "alt"),
-    ("/disk/x", "/disk/x", "alt"), ("d:alt", "d", "alt")])
-def test_paths_with_colons_are_read(text, path, kind):
+    ("/disk/x", "/disk/x", "alt"), ("d:alt", "d", "alt"), ("d:re caption", "d", "re caption"),
+    ("d:2:1", "d", "2"), ("d/{0..3},", "d/{0..3}", "alt"), ("d/{a,b}.tar:c", "d/{a,b}.tar", "c"),
+    ("d/{0..3.tar:alt:1", "d/{0..3.tar", "alt")])
+def test_paths_with_colons_and_braces_are_read(text, path, kind):
     (source,) = parse_mixture(text)
     assert (source.path, source.kind, source.weight) == (path, kind, 1)
 
@@ -228,7 +232,7 @@ def test_damaged_members_are_named_and_replaced_and_the_batch_stays_full(tmp_pat
     skipped = [line for batch in batches for line in batch.skipped]
     for name in ("zero.jpg", "cut.png", "blank.png", "text.png"):
         assert any(f"x.tar:{name}" in line for line in skipped), (name, skipped)
-    assert any("empty caption" in line for line in skipped)
+    assert any("no alt caption, or an empty one" in line for line in skipped)
     assert not any("broken.png" in line for line in skipped), "alt-text does not need the JSON"
     again = TrainingData(config, Tokenizer(config.tokenizer))
     assert same(batches[0], again[0]), "the replacement too is a function of the address"
@@ -287,6 +291,67 @@ def test_a_source_without_the_captions_asked_for_says_which_there_are(tmp_path):
     config = tiny_config(data=f"{tmp_path}:synthetic:1", batch_size=2)
     with pytest.raises(ValueError, match=r"none of its 1 samples.*alt \(1\), re_caption \(1\)"):
         TrainingData(config, Tokenizer(config.tokenizer))
+
+
+def test_an_unknown_kind_names_the_likeliest_captions_and_counts_the_other_keys(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for i in range(20):
+            about = {f"key {k}": "x" for k in range(11)} | {"label": 3}
+            about |= {"re_caption": "long", "TEXT": "web"} if i % 2 else {}
+            about |= {"synthetic": "y"} if i % 4 == 3 else {}
+            writer.write(f"{i}", png(), "png", "x", about)
+    with pytest.raises(ValueError) as caught:
+        open_sources(f"{tmp_path}:caption_llava:1")
+    assert ("none of its 20 samples has a caption of kind 'caption_llava'; they have alt (20), "
+            "TEXT (10), re_caption (10), synthetic (5), key 0 (20), key 1 (20), key 10 (20), "
+            "key 2 (20), and 7 more: correct --data=PATH:KIND:WEIGHT") in str(caught.value)
+
+
+def test_any_key_is_a_kind_and_each_caption_of_a_list_is_drawn(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for i in range(6):
+            writer.write(f"{i}", png(), "png", f"alt {i}",
+                         {"re-caption v2": f"one {i}", "dense": ["a", " ", "b"] if i < 2 else []})
+    one, dense = open_sources(f"{tmp_path}:re-caption v2:1,{tmp_path}:dense:1")
+    assert [pick_caption(one, one.sample(i)) for i in range(len(one))] == [
+        f"one {i}" for i in range(6)]
+    assert len(dense) == 2
+    rng = np.random.default_rng(0)
+    drawn = Counter(pick_caption(dense, dense.sample(1), rng) for _ in range(200))
+    assert set(drawn) == {"a", "b"} and min(drawn.values()) > 70
+
+
+def test_alt_is_the_txt_or_where_it_is_absent_or_blank_the_key_caption(tmp_path):
+    about = json.dumps({"caption": "from json", "alt": "not read"}).encode()
+    several = json.dumps({"caption": ["one", "two"]}).encode()
+    write_tar(tmp_path / "x.tar", [
+        ("a.png", png()), ("a.txt", b"from txt"), ("a.json", about),
+        ("b.png", png()), ("b.json", about), ("c.png", png()), ("c.txt", b""), ("c.json", about),
+        ("d.png", png()), ("d.txt", b" \n"), ("d.json", about),
+        ("e.png", png()), ("e.json", several), ("f.png", png()), ("f.json", b'{"caption": " "}'),
+        ("g.png", png()), ("g.txt", b"two\nlines\n")])
+    for _ in range(2):  # made, then from the index file
+        (source,) = open_sources(f"{tmp_path}:alt")
+        assert [source.sample(i) for i in range(len(source))] == [0, 1, 2, 3, 4, 6]
+        assert [pick_caption(source, i) for i in (0, 1, 2, 3, 4, 6)] == [
+            "from txt", "from json", "from json", "from json", "one", "two\nlines\n"]
+        assert source.shards.index.kinds == ["alt", "caption"]
+        with pytest.raises(ValueError, match="no alt caption"):
+            pick_caption(source, 5)
+
+
+def test_images_whose_json_has_no_caption_are_left_out_and_without_others_an_error(tmp_path):
+    bare = [("a.png", png(1)), ("a.json", b'{"label": 3, "boxes": [[1, 2]], "parts": [{}]}')]
+    (tmp_path / "bare").mkdir()
+    write_tar(tmp_path / "bare/x.tar", bare)
+    for _ in range(2):  # made, then from the index file
+        with pytest.raises(ValueError, match="'alt'; they have none at all: correct --data="):
+            open_sources(f"{tmp_path}/bare")
+    write_tar(tmp_path / "x.tar", [*bare, ("b.png", png(2)), ("b.json", b'{"caption": "b"}')])
+    config = tiny_config(data=f"{tmp_path}:alt,{tmp_path}:caption", batch_size=4, steps=1)
+    data = TrainingData(config, Tokenizer(config.tokenizer))
+    assert len(data[0].patches) == 4 and not data[0].skipped
+    assert "1 of 2 samples" in describe(data)[1]
 
 
 def broken_disk(monkeypatch, works_after):

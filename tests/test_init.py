@@ -95,6 +95,11 @@ def test_post_training_presets_keep_their_grid(learned, tmp_path):
     assert config.image_size == 72 and config.embed_dim == 24
 
 
+def test_an_unknown_preset_is_named(learned):
+    with pytest.raises(ValueError, match="preset='toyy' must be one of .*did you mean toy"):
+        adopt_init({"preset": "toyy", "init": str(learned[0])})
+
+
 def test_a_resumed_run_needs_its_parent_no_more(tmp_path):
     config = tiny_config(init="/gone", run_dir=str(tmp_path))
     config.save(tmp_path / "config.json")

@@ -19,7 +19,17 @@ from helpers import (
 )
 from PIL import Image
 
-from data.scenes import PLACES, SHAPES, SIZES, draw_extent, draw_object, encoded_scene, make_scene
+from data.scenes import (
+    PLACES,
+    SHAPES,
+    SIZES,
+    dense_caption,
+    draw_extent,
+    draw_object,
+    encoded_scene,
+    make_scene,
+    terse_caption,
+)
 from nano_aimv2.data.batches import evaluation_pixels
 from nano_aimv2.data.shards import ShardWriter
 from nano_aimv2.data.tokenizer import Tokenizer
@@ -46,6 +56,15 @@ def test_the_first_toy_set_stays_bit_identical():
             pixels, alt, dense, objects = make_scene(split, i)
             digest.update(pixels.tobytes() + (alt + dense + str(objects)).encode())
     assert digest.hexdigest() == "e3deb222bb4de059516fd9a31973c4e9011b88ad0630ed0e46409b916d0800f0"
+
+
+def test_a_scene_has_its_facts_in_two_wordings():
+    objects = [("top left", "large", "red", "star"), ("bottom right", "small", "blue", "ring")]
+    assert dense_caption(objects) == "top left a large red star, bottom right a small blue ring"
+    assert terse_caption(objects) == "star: red, large, top left; ring: blue, small, bottom right"
+    _, _, _, metadata = encoded_scene(("val", 3, 20, 0, 1.0))
+    assert metadata["synthetic"] == [dense_caption(metadata["objects"])]
+    assert metadata["terse"] == terse_caption(metadata["objects"])
 
 
 def test_scenes_of_any_size_show_the_objects_of_the_first_set():

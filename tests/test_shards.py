@@ -18,7 +18,7 @@ from helpers import ROOT, full_disk, png, run_script, simple_shards, write_tar
 
 from nano_aimv2.data import tar_index
 from nano_aimv2.data.mixture import open_sources
-from nano_aimv2.data.shards import Shards, ShardWriter, decode_text, find_shards
+from nano_aimv2.data.shards import Shards, ShardWriter, decode_text, expand_braces, find_shards
 from nano_aimv2.data.tar_index import open_index, read_index
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 10240\n"
@@ -38,6 +38,38 @@ def test_img2dataset_output_is_read_as_it_is(tmp_path):
     found = Shards(str(tmp_path))
     assert len(found) == 3 and found.alt_text(2) == "caption 2" and found.image(1) == png(1)
     assert not any(found.report.values())
+
+
+@pytest.mark.parametrize("names, samples, left", [
+    ("photo.v2.jpg photo.v2.txt", "photo.v2.jpg", {}),
+    ("x.input.jpg x.outputs.txt x.json", "x.input.jpg", {}),
+    ("x.outputs.txt x.input.jpg a.b/x.jpg a.b/x.seg.txt", "x.input.jpg a.b/x.jpg", {}),
+    ("2024.01.02.jpg 2024.01.02.txt 2024.01.03.jpg 2024.01.03.txt",
+     "2024.01.02.jpg 2024.01.03.jpg", {}),
+    ("x.jpg x.seg.png x.json", "x.jpg", {"image without caption": 1}),
+    ("x.a.jpg x.b.jpg x.a.txt", "x.a.jpg", {"image without caption": 1}),
+    ("x.a.jpg x.b.jpg x.txt y.jpg y.txt", "y.jpg",
+     {"image without caption": 2, "caption without image": 1}),
+    ("x.jpg x.txt x.jpg", "x.jpg", {"duplicate key": 1}),
+    ("a/.x.jpg a/.y.txt z.jpg z.txt", "z.jpg",
+     {"image without caption": 1, "caption without image": 1}),
+    ("a.b/x.jpg a.b/y.txt z.jpg z.txt", "z.jpg",
+     {"image without caption": 1, "caption without image": 1})])
+def test_names_with_several_dots_are_one_sample_only_where_no_two_images_or_texts_meet(
+        names, samples, left, tmp_path):
+    """A caption holds the name of its member, and an image a number of its own."""
+    names = names.split()
+    write_tar(tmp_path / "x.tar", [
+        (name, b"{}" if "json" in name else name.encode() if "txt" in name else png(i))
+        for i, name in enumerate(names)])
+    found = Shards(str(tmp_path / "x.tar"))
+    assert [found.name(i).rpartition("tar:")[2] for i in range(len(found))] == samples.split()
+    assert {reason: n for reason, n in found.report.items() if n} == left
+    for i, name in enumerate(samples.split()):
+        assert found.image(i) == png(names.index(name))
+        text = found.alt_text(i)
+        assert text == "" or text.partition(".")[0] == name.partition(".")[0]
+        assert text.count(".v2") == name.count(".v2") and text.count("3.txt") == name.count("3.jpg")
 
 
 def test_what_is_not_a_sample_is_counted(tmp_path):
@@ -86,7 +118,7 @@ def test_the_index_knows_every_key_that_holds_captions(tmp_path):
             writer.write(f"{i}", png(), "png", "alt" if i != 3 else "", metadata)
     index = Shards(str(tmp_path)).index
     assert {kind: index.count(kind) for kind in index.kinds} == {
-        "alt": 4, "caption": 2, "url": 1, "re": 1}
+        "alt": 4, "caption": 2, "re": 1, "url": 1}
     assert [index.nth("alt", i) for i in range(4)] == [0, 1, 2, 4]
     assert [index.nth("caption", i) for i in range(2)] == [0, 1] and index.nth("re", 0) == 4
     assert index.count("unknown") == 0
@@ -240,6 +272,73 @@ def test_a_pattern_names_tars_of_several_folders(tmp_path):
         "alt a 7", "alt a 8", "alt b 7", "alt b 8"]
     assert len(Shards(str(tmp_path / "?" / "*.tar"))) == 18
     assert len(list(tmp_path.glob("*.idx"))) == 2, "one for each pattern"
+
+
+def test_the_tars_of_subfolders_are_read_where_a_folder_has_none(tmp_path):
+    for name in ("b", "a/deep", "a/.cache", "val", "a/test"):
+        simple_shards(tmp_path / "data" / name, 8, name[0])
+    (tmp_path / "data/b/._00000.tar").write_bytes(b"fork")
+    names = ["a/deep/00000.tar", "a/deep/00001.tar", "b/00000.tar", "b/00001.tar"]
+    assert find_shards(f"{tmp_path}/data") == [f"{tmp_path}/data/{name}" for name in names]
+    for _ in range(2):  # made, then mapped
+        found = Shards(f"{tmp_path}/data")
+        assert len(found) == 16 and found.alt_text(15) == "alt b 7" and found.index.file
+    simple_shards(tmp_path / "data", 3, "top")
+    assert find_shards(f"{tmp_path}/data/") == [f"{tmp_path}/data/00000.tar"]
+
+
+def test_what_is_validated_on_is_not_trained_on_where_a_folder_holds_nothing_else(tmp_path):
+    simple_shards(tmp_path / "val", 3)
+    with pytest.raises(ValueError, match="no .tar files outside of subfolders named train, val"):
+        find_shards(str(tmp_path))
+    (tmp_path / "val").rename(tmp_path / "train")
+    with pytest.raises(ValueError, match="no .tar files outside"):
+        open_sources(f"{tmp_path}:alt", "val")
+
+
+@pytest.mark.parametrize("pattern, names", [
+    ("{00000..00002}.tar", "00000 00001 00002"), ("{9..11}.tar", "9 10 11"),
+    ("{08..11}.tar", "08 09 10 11"), ("{0..0}.tar", "0"), ("{00..100}.tar", "000 099 100"),
+    ("{b,a}.tar", "a b"), ("a-{0..1}-{x,y}.tar", "a-0-x a-0-y a-1-x a-1-y"), ("x.tar", "x")])
+def test_braces_are_expanded_as_by_a_shell(pattern, names):
+    found = expand_braces(pattern)
+    expected = [f"{name}.tar" for name in names.split()]
+    if pattern == "{00..100}.tar":
+        assert len(found) == 101 and [found[0], found[99], found[100]] == expected
+    else:
+        assert sorted(found) == sorted(expected)
+
+
+def test_a_pattern_with_braces_reads_the_tars_that_its_folder_does(tmp_path):
+    simple_shards(tmp_path, 30)
+    whole = Shards(str(tmp_path))
+    for path in ("{00000..00004}.tar", "0000{4,2,3,0,1}.tar", "{*1,*[0234]}.tar"):
+        path = f"{tmp_path}/{path}"
+        found = Shards(path)
+        assert found.fingerprint == whole.fingerprint and found.alt_text(29) == "alt a 29"
+    few = Shards(f"{tmp_path}/{{00001..00002}}.tar")
+    assert [few.alt_text(i) for i in (0, 13)] == ["alt a 7", "alt a 20"]
+    (source,) = open_sources(f"{tmp_path}/{{00000,00002}}.tar:synthetic:1")
+    assert len(source) == 14
+    (tmp_path / "00000.tar").rename(tmp_path / "{odd.tar")
+    assert len(Shards(f"{tmp_path}/{{odd.tar")) == 7, "a file of this very name"
+
+
+@pytest.mark.parametrize("pattern, message", [
+    ("{00000..0124.tar", "^'{00000..0124.tar' in a .* has no closing brace: write {00000"),
+    ("{00012..00003}.tar", "^'{00012..00003}' in .* neither a range that counts up.* nor a list"),
+    ("{..5}.tar", "'{..5}'"), ("{5..}.tar", "'{5..}'"), ("{}.tar", "'{}'"), ("{a}.tar", "'{a}'"),
+    ("{a,{b,c}}.tar", "^'{a,{b,c}'"), ("{0..9999999999999}.tar", "at most 1,000,000 numbers"),
+    ("{0..9..2}.tar", "^'{0..9..2}'"), ("a{0..1}{.tar", "^'{.tar' .* no closing brace"),
+    ("{a,b.tar", "^'{a,b.tar' .* no closing brace"),
+    ("{00000..00007}.tar", "'.*7}.tar': 3 of its 8 names match no tar, the first: .*/00005.tar, "
+                           ".*/00006.tar, .*/00007.tar; name only tars that exist"),
+    ("{1..3}/*.tar", "3 of its 3 names match no tar"), ("{7..7}.tar", "'.*7}.tar' does not exist")])
+def test_braces_that_name_no_tars_say_how_to_write_them(pattern, message, tmp_path):
+    simple_shards(tmp_path, 35)
+    with pytest.raises(ValueError, match=message) as caught:
+        find_shards(f"{tmp_path}/{pattern}")
+    assert "\n" not in str(caught.value)
 
 
 def walked(monkeypatch):

@@ -19,7 +19,7 @@ from nano_aimv2.data.shards import Shards
 from nano_aimv2.data.tar_index import captions_in
 
 ROUND = 1000  # rows in which every source gets its exact share
-KINDS = ("alt", "synthetic")
+NAMED = 8  # caption kinds that an error names
 
 
 @dataclass
@@ -42,19 +42,21 @@ class Source:
 def parse_mixture(text):
     """'path:kind:weight,path:kind:weight' -> [Source], weights scaled to sum to 1.
 
-    Kind (alt) and weight (1) may be left out. Raises ValueError naming the part that is wrong.
+    A kind is "alt" or a key of the .json. Kind (alt) and weight (1) may be left out. Commas within
+    braces are the path's. Raises ValueError naming the part that is wrong.
     """
     sources = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, (p.strip() for p in re.split(r",(?![^{}]*})", text))):
         # A single letter before a slash is a drive: C:\\photos:alt:1
         path, kind, weight = re.fullmatch(r"([A-Za-z]:[\\/].*?|.*?)(?::([^:]*))?(?::([^:]*))?",
                                           part, re.DOTALL).groups()
-        kind, weight = ("alt" if kind is None else kind), ("1" if weight is None else weight)
-        if not path or kind not in KINDS:
-            raise ValueError(f"data part {part!r}: caption kind {kind!r} must be one of "
-                             f"{', '.join(KINDS)}; write path:kind:weight")
+        kind = "alt" if kind is None else kind
+        if not path or not kind or (weight is None and re.fullmatch("[-+.0-9]+", kind)):
+            raise ValueError(f"data part {part!r}: path {path!r} and caption kind {kind!r} must be "
+                             "names, and the weight comes third: write path:kind:weight, as in "
+                             "data/photos:alt:2")
         try:
-            weight = float(weight)
+            weight = float("1" if weight is None else weight)
         except ValueError:
             weight = float("nan")
         if not 0 < weight < float("inf"):
@@ -88,13 +90,20 @@ def open_sources(text, split="train", gather=None):
             opened[path] = Shards(path, gather)
         source = replace(source, path=path, shards=opened[path])
         if not len(source):
-            index = source.shards.index
-            kinds = ", ".join(f"{kind} ({index.count(kind):,})" for kind in index.kinds)
             raise ValueError(f"{path}: none of its {len(source.shards):,} samples has a caption of "
-                             f"kind {source.kind!r}; they have {kinds or 'none at all'}: correct "
-                             "--data=PATH:KIND:WEIGHT")
+                             f"kind {source.kind!r}; they have {kinds_of(source.shards.index)}: "
+                             "correct --data=PATH:KIND:WEIGHT")
         sources.append(source)
     return sources
+
+
+def kinds_of(index):
+    """The caption kinds of an index and how many samples have each, the likeliest captions first:
+    every text in a .json is a kind, a url too."""
+    kinds = sorted(index.kinds, key=lambda kind: not re.search("alt|capt|synth|text", kind.lower()))
+    named = [f"{kind} ({index.count(kind):,})" for kind in kinds[:NAMED]]
+    more = [f"and {len(kinds) - NAMED} more"] if len(kinds) > NAMED else []
+    return ", ".join(named + more) or "none at all"
 
 
 def deal(sources, seed, rows):
@@ -156,13 +165,15 @@ def sample_of(sources, seed, k, index):
 
 
 def pick_caption(source, sample, rng=None):
-    """The caption of a sample: its alt-text, or a synthetic one (the first one without `rng`).
+    """One of the captions of a sample that have the source's kind (the first one without `rng`).
+    Kind "alt" is the .txt, or where that is absent or blank the key "caption" of the .json.
 
-    Raises: ValueError if the sample has no caption of the source's kind.
+    Raises: ValueError if the sample has none.
     """
-    if source.kind == "alt":
-        return source.shards.alt_text(sample)
-    captions = captions_in(source.shards.metadata(sample).get(source.kind))
+    is_alt = source.kind == "alt"
+    text = source.shards.alt_text(sample) if is_alt else ""
+    key = "caption" if is_alt else source.kind
+    captions = [text] if text.strip() else captions_in(source.shards.metadata(sample).get(key))
     if not captions:
-        raise ValueError(f"no {source.kind} caption in its .json")
+        raise ValueError(f"no {source.kind} caption, or an empty one")
     return captions[int(rng.integers(len(captions))) if rng else 0]

@@ -1,9 +1,12 @@
 """Shards: thousands of image-text pairs in one tar file, read at random.
 
 WebDataset's layout: the members of one sample share a name and differ in the extension, `cat.jpg`,
-`cat.txt` (alt-text) and optionally `cat.json` ({"synthetic": ["...", ...], "label": 3, ...}).
-img2dataset writes the same, so its output is read as it is. The index (tar_index.py) says where
-each member lies: any sample is two or three reads away, however many tars there are.
+`cat.txt` (alt-text) and optionally `cat.json` ({"synthetic": ["...", ...], "label": 3, ...}). What
+follows the last dot is the type. Names agree up to the last dot, or up to the first if that gives
+at most one member of each type: `x.input.jpg` and `x.outputs.txt` are a sample, and so are
+`photo.v2.jpg` and `photo.v2.txt`, beside a `photo.v1.jpg` or not. img2dataset's output is read as
+it is. The index (tar_index.py) says where each member lies: any sample is two or three reads away,
+however many tars there are.
 
 Pipeline: **tar -> (image bytes, caption)** -> batches. Lesson: 07.
 """
@@ -13,6 +16,7 @@ import glob
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -20,23 +24,70 @@ from pathlib import Path
 from nano_aimv2.data.tar_index import IMAGE_EXTENSIONS, REASONS, VERSION, open_index, read_object
 from nano_aimv2.files import replacing
 
-NAMED = 3  # damaged tars that a report names
+NAMED = 3  # damaged or missing tars that a report names
+MAX_RANGE = 1_000_000  # numbers in a range {first..last}
+SPLITS = ("train", "val", "validation", "test", "novel")  # subfolders that are sets of their own
 
 
 def find_shards(path):
-    """The tar files that `path` names: a folder, a single tar, or a pattern with * or ?. Sorted.
+    """The tar files that `path` names: a folder (see `tars_in`), a single tar, or a pattern with *,
+    ? or braces (see `expand_braces`). Sorted.
 
-    Raises: ValueError if there are none.
+    Raises: ValueError if there are none, or if one of the names in braces is missing.
     """
-    if os.path.isdir(path):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-    else:
-        found = sorted(p for p in glob.glob(path) if os.path.isfile(p))
-    if not found:
-        why = "has no .tar files" if os.path.isdir(path) else "does not exist"
+    names = [path] if os.path.exists(path) else expand_braces(path)
+    found = {name: tars_in(name) if os.path.isdir(name) else
+             [p for p in glob.glob(name) if os.path.isfile(p)] for name in names}
+    missing = [name for name in names if not found[name]]
+    if missing and len(names) > 1:
+        raise ValueError(f"data path {path!r}: {len(missing):,} of its {len(names):,} names match "
+                         f"no tar, the first: {', '.join(missing[:NAMED])}; name only tars that "
+                         "exist, or give their folder")
+    if missing:
+        why = (f"has no .tar files outside of subfolders named {', '.join(SPLITS)}"
+               if os.path.isdir(path) else "does not exist")
         raise ValueError(f"data path {path!r} {why}; give a folder of WebDataset shards, made by "
                          "`python data/pack.py IMAGES --out=FOLDER` or by img2dataset")
+    return sorted(set().union(*found.values()))
+
+
+def tars_in(folder):
+    """The tars of a folder; where it has none, those of its subfolders at any depth, except in
+    SPLITS, lest a run trains on what it is validated on."""
+    def stop(error):  # os.walk would skip what cannot be listed
+        raise error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        found += [os.path.join(place, name) for name in files
+                  if name.endswith(".tar") and not name.startswith(".")]
+        if found and place == folder:
+            break
+        folders[:] = [name for name in folders if name not in SPLITS and name[0] != "."]
     return found
+
+
+def expand_braces(path):
+    """'{08..10}.tar' -> ['08.tar', '09.tar', '10.tar'], '{a,b}.tar' -> ['a.tar', 'b.tar'], as in a
+    shell. Raises ValueError on other braces."""
+    head, brace, rest = path.partition("{")
+    inside, closing, tail = rest.partition("}")
+    if not brace:
+        return [path]
+    ends = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
+    first, last = map(int, ends.groups()) if ends else (0, 0)
+    is_list = "," in inside and "{" not in inside
+    if not closing or not (is_list or ends) or not 0 <= last - first < MAX_RANGE:
+        why = (f"is neither a range that counts up, of at most {MAX_RANGE:,} numbers, nor a list"
+               if closing else "has no closing brace")
+        raise ValueError(f"{brace + inside + closing!r} in a data path {why}: write "
+                         "{00000..01241}.tar or {a,b}.tar")
+    if ends:
+        is_padded = any(end != str(int(end)) for end in ends.groups())
+        width = max(map(len, ends.groups())) if is_padded else 1
+    choices = [f"{i:0{width}}" for i in range(first, last + 1)] if ends else inside.split(",")
+    tails = expand_braces(tail)
+    return [head + choice + end for choice in choices for end in tails]
 
 
 def index_file(path):
@@ -48,7 +99,7 @@ def index_file(path):
     if os.path.isfile(path):
         return os.path.dirname(path), f"{path}.v{VERSION}.idx"
     folder = path
-    while glob.has_magic(folder):
+    while glob.has_magic(folder) or "{" in folder:
         folder = os.path.dirname(folder)
     pattern = os.path.relpath(path, folder or ".")
     return folder, os.path.join(folder, f"{zlib.crc32(pattern.encode()):08x}.{name}")
@@ -97,11 +148,9 @@ class Shards:
         return self.read(path, row[0], row[1])
 
     def alt_text(self, i):
-        """The .txt of sample i. Raises ValueError if it has none."""
+        """The .txt of sample i, "" if it has none."""
         path, row = self.locate(i)
-        if not row[2]:
-            raise ValueError("no alt-text (.txt)")
-        return decode_text(self.read(path, row[2], row[3]))
+        return decode_text(self.read(path, row[2], row[3])) if row[2] else ""
 
     def metadata(self, i):
         """The .json of sample i as a dict, {} if it has none. Raises ValueError if unreadable."""

@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import astuple, dataclass, replace
 from uuid import uuid4
 
@@ -30,7 +30,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp")
 COLUMNS = {**dict.fromkeys(IMAGE_EXTENSIONS, 1), "txt": 3, "json": 5}  # of Index.members
 REASONS = ("image without caption", "caption without image", "duplicate key", "unreadable .json",
            "tar cut short", "bytes not read")
-VERSION = 3  # of the index file
+VERSION = 4  # of the index file
 BLOCK = 512  # bytes: a tar consists of blocks
 GROUP = 4096  # samples between two entries of Index.before
 MAX_KINDS = 64  # bits of a mask
@@ -229,7 +229,7 @@ def walk(folder, name):
     """Read one tar from end to end: its Index. What cannot be read is counted, in bytes."""
     path = os.path.join(folder, name)
     status, counts, end = os.stat(path), dict.fromkeys(REASONS, 0), 0
-    samples = {}  # key -> (row of members, names of its caption kinds)
+    samples = {}  # name up to the last dot -> (row of members, names of its caption kinds)
     note = why_not_a_tar(path)
     with open(path, "rb") as headers, open(path, "rb") as contents:
         for member in () if note else read_members(headers, status.st_size):
@@ -239,19 +239,20 @@ def walk(folder, name):
         unread, zeros = measure_tail(contents, end)
     counts["bytes not read"] += status.st_size if note else unread
     counts["tar cut short"] += not note and (zeros < BLOCK or status.st_size % BLOCK > 0)
-    whole = {}
-    for key, (row, kinds) in samples.items():
+    whole = []
+    for row, kinds in join_members(samples):
         if not row[1]:
             counts["caption without image"] += 1
         elif not (row[3] or row[5]):
             counts["image without caption"] += 1
         else:
-            whole[key] = row, kinds
+            if "caption" in kinds and "alt" not in kinds:  # no .txt, or an empty one
+                kinds.append("alt")
+            whole.append((row, kinds))
     names = [name for name, _ in Counter(
-        kind for _, kinds in whole.values() for kind in kinds).most_common(MAX_KINDS)]
-    masks = [sum(1 << names.index(kind) for kind in kinds if kind in names)
-             for _, kinds in whole.values()]
-    members = np.array([row for row, _ in whole.values()], np.int64).reshape(-1, 7)
+        kind for _, kinds in whole for kind in kinds).most_common(MAX_KINDS)]
+    masks = [sum(1 << names.index(kind) for kind in kinds if kind in names) for _, kinds in whole]
+    members = np.array([row for row, _ in whole], np.int64).reshape(-1, 7)
     tar = Tar(name, status.st_size, status.st_mtime_ns, len(whole), counts, note)
     return make_index([tar], names, members, np.array(masks, np.uint64))
 
@@ -313,6 +314,24 @@ def note_member(member, contents, samples, counts):
             kinds += caption_keys(read_object(contents.read(member.size)))
         except ValueError:
             counts["unreadable .json"] += 1
+
+
+def join_members(samples):
+    """Yields the (row, caption kinds) of each sample: names that agree up to the first dot of the
+    base name are one, `x.input` and `x.outputs`, if no two members of it have the same type.
+
+    Args: samples: {name up to the last dot: (row of members, caption kinds)}.
+    """
+    groups = defaultdict(list)
+    for name in samples:
+        dot = name.find(".", name.rfind("/") + 2)  # a name may begin with a dot
+        groups[name[:dot] if dot > 0 else name].append(samples[name])
+    for parts in groups.values():
+        columns = list(zip(*(row for row, _ in parts), strict=True)) if len(parts) > 1 else ()
+        if columns and all(sum(map(bool, column)) <= 1 for column in columns):
+            yield list(map(sum, columns)), [kind for _, kinds in parts for kind in kinds]
+        else:
+            yield from parts
 
 
 def measure_tail(file, end):

@@ -1,6 +1,7 @@
 """Contrastive: CLIP, the baseline for AIMv2. Which caption of the batch belongs to which image?
 
     python -m nano_aimv2.lab.contrastive --preset=toy --run_dir=runs/toy-clip
+    python -m nano_aimv2.lab.contrastive --init=runs/toy --lock=true --run_dir=runs/toy-lit
     model, config, tokenizer = load_model("runs/toy-clip", kind=CLIP)
 
 Two towers turn an image and a caption into one vector of unit length each. In a batch of B pairs,
@@ -19,18 +20,22 @@ differ this is CLIP's loss. The encoder is AIMv2's, bidirectional; the text towe
 AIMv2's decoder. Flags, data, optimizer and schedule are train.py's, so step k sees the same samples
 as there.
 
+With --lock=true it is LiT: the encoder is that of --init (a run, or published weights) and stays as
+it is. The text tower learns to name what a frozen encoder sees, and one learned query pools its
+features by attention, as in Apple's `-lit` model. search.py uses the result.
+
 The loss needs its whole batch in one place: one process, no micro-batches. Runs take minutes, so
 there are no checkpoints: an interrupted run starts again from step 0, and a finished one is left as
-it is. The run folder (without --run_dir: runs/PRESET-clip) holds config.json, the tokenizer,
+it is. The run folder (without --run_dir: runs/PRESET-clip, -lit) holds config.json, the tokenizer,
 metrics.jsonl and model.safetensors. The data must exist already; train.py draws the toy scenes.
 
-Pipeline: images, captions -> **two vectors** -> loss. Source: CLIP (arXiv 2103.00020); AIMv2
-paper, Table 9b.
+Pipeline: images, captions -> **two vectors** -> loss. Source: CLIP (arXiv 2103.00020); LiT (arXiv
+2111.07991); AIMv2 paper, Table 9b.
 """
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,15 +47,22 @@ from nano_aimv2.data.batches import TrainingData, describe, make_loader
 from nano_aimv2.data.tokenizer import tokenizer_of
 from nano_aimv2.encoder import Encoder
 from nano_aimv2.flags import read_flags, run_command
-from nano_aimv2.layers import Trunk, init_linear_layers
+from nano_aimv2.hub import fit_weights, load_encoder
+from nano_aimv2.layers import Trunk, attend, init_linear_layers, mask_to_bias
 from nano_aimv2.losses import text_targets
 from nano_aimv2.training import checkpoint, distributed
 from nano_aimv2.training.evaluate import describe_held_out, held_out_sets
+from nano_aimv2.training.init import adopt_init, describe_init
 from nano_aimv2.training.metrics import FiniteCheck, Progress
 from nano_aimv2.training.optim import lr_at, make_optimizer, set_lr
 
 TEMPERATURE = 0.07  # at the start; it is learned
 MAX_SCALE = 100.0
+
+
+@dataclass
+class Options:
+    lock: bool = False  # LiT: keep the encoder of --init as it is, and train what reads it
 
 
 def comparison_mask(tokens, num_tokens):
@@ -80,8 +92,42 @@ def contrastive_loss(images, texts, scale, is_compared):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def valid_patches(grid, A):
+    """Grids i64[B, 2] -> bool[B, A]: False where a row of patches is padding."""
+    return torch.arange(A, device=grid.device) < grid.prod(dim=1)[:, None]
+
+
+def mean_of_valid(features, is_valid):
+    """Features f[B, A, D], is_valid bool[B, A] -> their mean f[B, D] over the valid patches."""
+    total = features.masked_fill(~is_valid[..., None], 0).sum(dim=1)
+    return total / is_valid.sum(dim=1, keepdim=True)
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to the valid patches. Source: the head of Apple's `-lit` model,
+    whose output projection is here `CLIP.image_proj`."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(0.02 * torch.randn(dim))
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, features, is_valid):
+        """features f[B, A, D], is_valid bool[B, A] -> f[B, D]."""
+        k, v = self.k_proj(features), self.v_proj(features)
+        q = self.query.to(k.dtype).expand(len(k), 1, -1)
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        bias = mask_to_bias(is_valid[:, None, None], k.dtype)  # [B, 1, 1, A]
+        return attend(q, k, v, bias, causal=False).flatten(1)  # [B, heads, 1, hd] -> [B, D]
+
+
 class CLIP(nn.Module):
-    """`CLIP(config)`; `.encoder` is what you keep. The vectors have D = `decoder_dim` values."""
+    """`CLIP(config)`; `.encoder` is what you keep. The vectors have D = `decoder_dim` values.
+
+    With `encoder_lr` = 0 it is LiT: the encoder is frozen, and attention pools its features.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -95,6 +141,10 @@ class CLIP(nn.Module):
         self.image_proj = nn.Linear(config.embed_dim, D, bias=False)
         self.text_proj = nn.Linear(D, D, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        self.is_locked = config.encoder_lr == 0
+        if self.is_locked:
+            self.encoder.requires_grad_(False)
+            self.pool = AttentionPool(config.embed_dim, config.num_heads)
         init_linear_layers(self)
         nn.init.normal_(self.text_positions, std=0.01)  # tables as in AIMv2
         nn.init.normal_(self.token_embed.weight, std=0.02)
@@ -103,13 +153,14 @@ class CLIP(nn.Module):
         """patches u8[B, A, P], grid i64[B, 2] -> f32[B, D] of unit length.
 
         The features of the valid patches are averaged. Unlike pooling by attention this has no
-        weights, so everything that is learned must be in the features.
+        weights, so everything that is learned must be in the features. A frozen encoder learns
+        nothing: there attention pools.
         """
-        num_patches = grid.prod(dim=1)[:, None]  # n, [B, 1]
-        features = self.encoder(patches, grid).float()  # [B, A, De]
-        is_padding = torch.arange(features.shape[1], device=grid.device) >= num_patches  # [B, A]
-        mean = features.masked_fill(is_padding[..., None], 0).sum(dim=1) / num_patches  # [B, De]
-        return F.normalize(self.image_proj(mean).float(), dim=-1)
+        is_valid = valid_patches(grid, patches.shape[1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_locked):
+            features = self.encoder(patches, grid).float()  # [B, A, De]
+        pool = self.pool if self.is_locked else mean_of_valid
+        return F.normalize(self.image_proj(pool(features, is_valid)).float(), dim=-1)
 
     def text_vectors(self, tokens, num_tokens):
         """tokens i64[B, T], num_tokens i64[B], EOS included -> f32[B, D] of unit length.
@@ -172,10 +223,22 @@ def retrieval_scores(model, evaluation, runtime):
 
 def read_config(argv):
     """train.py's flags -> Config. Raises ValueError for settings that do not suit this loss."""
-    [given] = read_flags(argv, Config, doc=__doc__, epilog=presets_text())
-    config = Config.from_preset(**given)
+    given, options = read_flags(argv, Config, Options, doc=__doc__, epilog=presets_text())
+    lock = Options(**options).lock
+    if lock and not given.get("init"):
+        raise ValueError("lock=true trains a text tower for an encoder that has been trained: name "
+                         "it, --init=runs/toy, or a folder or repository of published weights")
+    if given.get("init") and not lock:
+        raise ValueError(f"init={given['init']!r}: the contrastive baseline starts from random "
+                         "weights; leave --init out, or keep this encoder with --lock=true")
+    encoder_lr = 0.0 if lock else 1.0
+    if given.get("encoder_lr", encoder_lr) != encoder_lr:
+        raise ValueError(f"encoder_lr={given['encoder_lr']}: a contrastive run trains its encoder "
+                         "like everything else, or keeps it with --lock=true: leave --encoder_lr "
+                         "out")
     if not given.get("run_dir"):
-        config = replace(config, run_dir=f"{config.run_dir}-clip")
+        given["run_dir"] = f"runs/{given.get('preset', 'toy')}-{'lit' if lock else 'clip'}"
+    config = Config.from_preset(**adopt_init(given | {"encoder_lr": encoder_lr}))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         raise ValueError(f"{world} processes: the contrastive baseline trains in one; start it "
@@ -186,9 +249,6 @@ def read_config(argv):
     if config.batch_size < 2:
         raise ValueError(f"batch_size={config.batch_size}: a contrastive loss compares pairs with "
                          "each other; use at least --batch_size=2")
-    if config.init:
-        raise ValueError(f"init={config.init!r}: the contrastive baseline starts from random "
-                         "weights; leave --init out")
     return config
 
 
@@ -219,17 +279,20 @@ def main(argv):
     tokenizer = tokenizer_of(config)
     data = TrainingData(config, tokenizer)
     held_out = held_out_sets(config, tokenizer, config.eval_images)
-    for line in (*describe(data), *describe_held_out(held_out)):
+    for line in (*describe_init(config), *describe(data), *describe_held_out(held_out)):
         print(line)
 
     # Model and optimizer
     torch.manual_seed(config.seed)
+    model = CLIP(config)
+    if model.is_locked:
+        fit_weights(model.encoder.state_dict(), load_encoder(config.init).state_dict(), config.init)
     checkpoint.begin_run(config, data, runtime)
-    model = distributed.parallelize(CLIP(config), runtime)
+    model = distributed.parallelize(model, runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{config.run_dir}: {parameters:,} parameters on {runtime.device.type}, step 0 of "
-          f"{config.steps}")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{config.run_dir}: {parameters:,} parameters to learn on {runtime.device.type}, step 0 "
+          f"of {config.steps}")
 
     # The loop
     progress, finite = Progress(config, runtime, 0, flops=None), FiniteCheck(data)

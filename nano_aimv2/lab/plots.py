@@ -341,6 +341,20 @@ def components_page(images, path):
     return figure
 
 
+def search_page(images, path, title):
+    """Images that were found, the best first: [(pixels u8[H, W, 3], text above)], one or more."""
+    columns = max(2, min(4, len(images)))
+    rows = math.ceil(len(images) / columns)
+    tallest = max(pixels.shape[0] / pixels.shape[1] for pixels, _ in images)
+    lines = max(text.count("\n") + 1 for _, text in images)
+    height = rows * (min(2.6, WIDTH / columns * tallest) + 0.17 * lines) + 0.4
+    with new_figure(path, height) as figure:
+        figure.suptitle(wrap(title, 100), fontsize=10)
+        for axis, (pixels, text) in zip(blank_axes(figure, rows, columns), images, strict=False):
+            show_image(axis, pixels, drawable(text))
+    return figure
+
+
 def probe_bars(rows, chance, path):
     """Accuracy of probes as bars with 95% intervals, one panel per attribute.
 

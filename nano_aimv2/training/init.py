@@ -13,7 +13,7 @@ Pipeline: weights -> **settings, model** -> training. Lesson: 11.
 from pathlib import Path
 
 from nano_aimv2.config import POST_TRAINING, PRESETS, Config, swiglu_hidden
-from nano_aimv2.flags import as_text
+from nano_aimv2.flags import as_text, check_choice
 from nano_aimv2.hub import find_weights, fit_weights, load_encoder, read_weights
 from nano_aimv2.positions import resize_table
 from nano_aimv2.training.checkpoint import need_trained, recorded, resumable, tokenizer_content
@@ -37,6 +37,7 @@ def adopt_init(given):
     Raises: ValueError if the weights cannot be read, or if a given setting contradicts them.
     """
     preset = given.get("preset", "toy")
+    check_choice("preset", preset, PRESETS)
     claimed = Path(given.get("run_dir") or f"runs/{preset}", "config.json")
     if claimed.exists():
         old = Config.load(claimed)
