@@ -28,7 +28,7 @@ from nano_aimv2.layers import init_linear_layers
 WIDTH, NUM_BLOCKS = 256, 3
 MAX_COEFFICIENTS = 64
 DECAY = 1.9  # the deviation of natural images falls about as 1 / (1 + frequency)^1.9
-MAX_WEIGHT = 20.0  # of an error near t = 1, where the velocity divides by 1 - t
+MIN_REMAINING = 0.05  # of 1 - t, by which the error of the velocity is divided
 STEPS = 20  # Euler steps of a sample
 TIME_FEATURES = 32  # cosines and sines of t
 TIME = -0.8, 1.0  # t = sigmoid(normal) in training: mean and deviation of the normal
@@ -63,9 +63,9 @@ def touching_pixels(patches, grid):
     cols = grid[:, 1:]  # [B, 1]
     k = torch.arange(A, device=patches.device)[None]
     found = []
-    for distance, edge in ((torch.ones_like(cols), pixels[:, :, :, -1]), (cols, pixels[:, :, -1])):
-        is_there = k >= cols if distance is cols else k % cols > 0  # [B, A]
-        source = (k - distance).clamp(min=0)[..., None].expand(-1, -1, 3 * p)
+    for distance, is_there, edge in ((1, k % cols > 0, pixels[:, :, :, -1]),  # left
+                                     (cols, k >= cols, pixels[:, :, -1])):  # above
+        source = (k - distance).clamp(min=0)[..., None].expand(B, -1, 3 * p)
         found += [edge.flatten(2).gather(1, source) * is_there[..., None], is_there[..., None]]
     return torch.cat([part.to(patches.dtype) for part in found], dim=-1)
 
@@ -128,7 +128,7 @@ class PatchSampler(nn.Module):
         self.embed_state = two_layers(config.decoder_dim + 2 * 3 * p + 2)
         self.embed_time = two_layers(TIME_FEATURES)
         self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
-        self.blocks = nn.ModuleList(FlowBlock() for _ in range(NUM_BLOCKS))
+        self.layers = nn.ModuleList(FlowBlock() for _ in range(NUM_BLOCKS))
         self.final = nn.Linear(WIDTH, len(basis))
         init_linear_layers(self)
         for layer in (self.modulation, self.final):  # at first each block is the identity
@@ -145,11 +145,12 @@ class PatchSampler(nn.Module):
 
     def clean(self, x, t, condition):
         """The patch that x_t came from: x f[K, C], t f[K, 1], condition f[K, W] -> f[K, C]."""
+        # 16 frequencies from 1 to 100
         angle = t * torch.logspace(0, 2, TIME_FEATURES // 2, device=x.device)
         time = self.embed_time(torch.cat([angle.cos(), angle.sin()], dim=-1))
         h, modulation = self.embed(x), self.modulation(F.silu(condition + time))
-        for block in self.blocks:
-            h = block(h, modulation)
+        for layer in self.layers:
+            h = layer(h, modulation)
         return self.final(F.layer_norm(h, h.shape[-1:])).float()
 
     def loss(self, patches, states, touching, noise):
@@ -162,7 +163,7 @@ class PatchSampler(nn.Module):
         x = patches.float() @ self.basis.T / self.scale  # [K, C]
         x_t = t * x + (1 - t) * noise[:, :-1]
         error = self.clean(x_t, t, self.condition(states, touching)) - x
-        return (error / (1 - t).clamp(min=1 / MAX_WEIGHT)).square().mean(dim=-1).sum()
+        return (error / (1 - t).clamp(min=MIN_REMAINING)).square().mean(dim=-1).sum()
 
     def sample(self, states, touching, noise, steps=STEPS):
         """Patches f[K, P], standardised, from noise f[K, C]; the rest as in `loss`. The steps are

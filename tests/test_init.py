@@ -24,7 +24,7 @@ from nano_aimv2.training.init import (
     open_run,
 )
 from nano_aimv2.training.metrics import train_flops
-from nano_aimv2.training.optim import clipped_parameters, make_optimizer, set_lr
+from nano_aimv2.training.optim import SAMPLER_LR, clipped_parameters, make_optimizer, set_lr
 
 slow = pytest.mark.slow
 
@@ -235,7 +235,8 @@ def test_the_encoder_learns_at_a_multiple_of_the_rate():
     set_lr(optimizer, 5e-4)
     optimizer.step()  # Adam's first step is as long as the rate
     for name, p in model.named_parameters():
-        rate = 5e-5 if name.startswith("encoder.") else 5e-4
+        part = name.split(".")[0]
+        rate = 5e-4 * {"encoder": 0.1, "decoder": 1, "sampler": SAMPLER_LR / 1e-3}[part]
         assert torch.allclose(before[name] - p, torch.tensor(rate), rtol=1e-2), name
 
 

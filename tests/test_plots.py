@@ -128,21 +128,24 @@ def test_the_way_shows_where_a_lesson_stands(monkeypatch):
 def test_a_page_of_samples_marks_right_captions_green_and_wrong_ones_red(tmp_path):
     captioned = [(image(48, 48), "a red star", "a red star"),
                  (image(48, 48), "a ring", "a red ring"), (image(48, 48), "cat.jpg", None)]
-    completed = [tuple(image(48, 48, value) for value in (10, 20, 30, 40)) for _ in range(3)]
+    names = ["original", "given", "sample 1", "sample 2", "teacher-forced"]
+    completed = [tuple(image(48, 48, value) for value in (10, 20, 30, 40, 50)) for _ in range(3)]
     figure = plots.samples_page(captioned, completed, tmp_path / "page.png", "three images")
     assert figure.get_suptitle() == "three images"
     above, below = (part.axes for part in figure.subfigs)
     assert [(shown_title(axis), axis.title.get_color()) for axis in above] == [
         ("a red star", GREEN), ("a ring\nwritten: a red ring", RED), ("cat.jpg", "black")]
-    assert len(below) == 16 and [shown_title(axis) for axis in below[:8]] == [*plots.VERSIONS] * 2
-    assert [int(axis.images[0].get_array()[0, 0, 0]) for axis in below[8:12]] == [10, 20, 30, 40]
-    assert not any(axis.images for axis in below[12:]) and not any(map(shown_title, below[8:]))
+    assert len(below) == 20 and [shown_title(axis) for axis in below[:10]] == names * 2
+    shown = [int(axis.images[0].get_array()[0, 0, 0]) for axis in below[10:15]]
+    assert shown == [10, 20, 30, 40, 50]
+    assert not any(axis.images for axis in below[15:]) and not any(map(shown_title, below[10:]))
 
 
 def test_panoramas_are_completed_one_per_line(tmp_path):
     figure = plots.samples_page([(image(20, 80), "a", None)], [(image(20, 80),) * 4] * 2,
                                 tmp_path / "page.png", "wide")
-    assert [shown_title(axis) for axis in figure.subfigs[1].axes] == [*plots.VERSIONS, *[""] * 4]
+    names = ["original", "given", "sample 1", "teacher-forced"]
+    assert [shown_title(axis) for axis in figure.subfigs[1].axes] == [*names, *[""] * 4]
 
 
 def test_characters_that_the_font_lacks_are_replaced_in_captions_and_titles(tmp_path):

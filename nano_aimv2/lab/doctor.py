@@ -48,8 +48,8 @@ STAGES = ("features", "losses", "gradients", "weights")
 # of the change in three steps, where Adam turns small gradients into full steps).
 TOLERANCES = {"float32": (1e-5, 1e-5, 1e-4, 1e-2), "tf32": (3e-3, 2e-4, 1e-2, 0.2),
               "float16": (3e-3, 2e-4, 1e-2, 0.2), "bfloat16": (2e-2, 2e-3, 8e-2, 0.6)}
-RECORDED = {"features": 90.50949, "text loss": 5.735816, "image loss": 1.308237,
-            "gradient norm": 6.264380}  # of the golden step: norms and losses
+RECORDED = {"features": 90.50948, "text loss": 5.642684, "image loss": 1.306448,
+            "gradient norm": 3.47736}  # of the golden step: norms and losses
 PRESETS_TO_TRY = ("3b", "1b", "huge", "large", "base")  # the first that fits
 IMAGES = 64  # of a micro-batch, at most
 
@@ -89,11 +89,12 @@ def golden_steps(setting):
     torch.set_float32_matmul_precision("high" if setting.dtype == "tf32" else "highest")
     torch.manual_seed(0)
     model = AIMv2(config)
-    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    before = {name: p.detach().double() for name, p in own_parameters(model)}
     whole = bench.random_batch(config)
     size = config.batch_size // runtime.world
     rows = slice(runtime.rank * size, (runtime.rank + 1) * size)
-    batch = whole.map(lambda tensor: tensor[rows]).to(runtime.device)
+    batch = replace(whole.map(lambda tensor: tensor[rows]), first_row=rows.start)
+    batch = batch.to(runtime.device)
     found, seen = {}, {}
     model.encoder.register_forward_hook(
         lambda _, inputs, out: seen.update(encoder=as_double(out)))
@@ -115,13 +116,19 @@ def golden_steps(setting):
             text, image, _ = runtime.sum(*losses.sums())
             found["losses"] = {"text loss": torch.tensor([text / text_count]),
                                "image loss": torch.tensor([image / image_count])}
-            found["gradients"] = {name: as_double(p.grad) for name, p in model.named_parameters()}
+            found["gradients"] = {name: as_double(p.grad) for name, p in own_parameters(model)}
         distributed.clip_gradients(clipped_parameters(model), config.clip_grad, runtime)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    found["weights"] = {name: as_double(p) - before[name] for name, p in model.named_parameters()}
+    found["weights"] = {name: as_double(p) - before[name] for name, p in own_parameters(model)}
     return found
+
+
+def own_parameters(model):
+    """[(name, parameter)] of the paper's objective. The patch sampler, much of which starts at
+    zero, has gradients in its first steps that are mere rounding."""
+    return [item for item in model.named_parameters() if not item[0].startswith("sampler.")]
 
 
 def as_double(tensor):

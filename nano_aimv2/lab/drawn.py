@@ -158,7 +158,7 @@ def table_of(rows):
     for name, values in rows["drawn"].items():
         real, spread = rows["real"][name], stdev(values) if len(values) > 1 else float("nan")
         lines.append(f"{name:20}{real:9.3f}{mean(values):9.3f}{spread:7.3f}"
-                     f"{mean(values) / real:8.2f}")
+                     f"{mean(values) / real if real else float('nan'):8.2f}")
     return lines
 
 

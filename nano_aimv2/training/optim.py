@@ -11,7 +11,7 @@ import math
 
 import torch
 
-SAMPLER_LR = 3.0  # the patch sampler's learning rate, as a multiple of the others'
+SAMPLER_LR = 2e-3  # the peak of the patch sampler's learning rate, whatever the model's
 
 
 def lr_at(step, lr, min_lr, warmup_steps, steps):
@@ -35,7 +35,7 @@ def make_optimizer(model, lr, weight_decay, betas, encoder_lr=1.0):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            scale = {"encoder": encoder_lr, "sampler": SAMPLER_LR}.get(name.split(".")[0], 1.0)
+            scale = {"encoder": encoder_lr, "sampler": SAMPLER_LR / lr}.get(name.split(".")[0], 1.0)
             groups.setdefault((is_decayed(name, p), scale), []).append(p)
     groups = [{"params": parameters, "lr": lr * scale, "lr_scale": scale,
                "weight_decay": weight_decay / lr * decayed}
