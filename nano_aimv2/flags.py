@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -147,6 +148,9 @@ def run_command(main):
     safe_console()
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         sys.exit(f"{Path(sys.argv[0]).stem}: {kind}{error}")

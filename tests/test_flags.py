@@ -3,6 +3,7 @@
 import importlib
 import io
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -276,3 +277,18 @@ def test_an_installed_package_named_data_does_not_hide_ours(words, shown, tmp_pa
     (tmp_path / "data").mkdir()
     (tmp_path / "data/__init__.py").write_text("raise ImportError('the other data')\n")
     assert shown in run_script(*words, env={"PYTHONPATH": str(tmp_path)}).stdout
+
+
+def test_a_reader_that_stops_early_is_not_an_error(tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text("import sys\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\n"
+                      "from nano_aimv2.flags import run_command\n"
+                      "run_command(lambda argv: print('line\\n' * 100_000))\n")
+    talking = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert talking.stdout.readline() == "line\n"
+    talking.stdout.close()
+    errors = talking.stderr.read()
+    talking.stderr.close()
+    assert talking.wait(timeout=60) == 0 and errors == "", errors

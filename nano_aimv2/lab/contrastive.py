@@ -47,12 +47,11 @@ from nano_aimv2.data.batches import TrainingData, describe, make_loader
 from nano_aimv2.data.tokenizer import tokenizer_of
 from nano_aimv2.encoder import Encoder
 from nano_aimv2.flags import read_flags, run_command
-from nano_aimv2.hub import fit_weights, load_encoder
 from nano_aimv2.layers import Trunk, attend, init_linear_layers, mask_to_bias
 from nano_aimv2.losses import text_targets
 from nano_aimv2.training import checkpoint, distributed
 from nano_aimv2.training.evaluate import describe_held_out, held_out_sets
-from nano_aimv2.training.init import adopt_init, describe_init
+from nano_aimv2.training.init import adopt_init, describe_init, load_init
 from nano_aimv2.training.metrics import FiniteCheck, Progress
 from nano_aimv2.training.optim import lr_at, make_optimizer, set_lr
 
@@ -286,7 +285,7 @@ def main(argv):
     torch.manual_seed(config.seed)
     model = CLIP(config)
     if model.is_locked:
-        fit_weights(model.encoder.state_dict(), load_encoder(config.init).state_dict(), config.init)
+        load_init(model, config, encoder_only=True)
     checkpoint.begin_run(config, data, runtime)
     model = distributed.parallelize(model, runtime)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.betas)

@@ -77,6 +77,11 @@ def find_images(names):
     return found
 
 
+def default_area(config):
+    """The `area` of `read_pixels` that suits weights: as trained, up to DEFAULT_AREA, or 0."""
+    return min(DEFAULT_AREA, int(2 ** config.native_area[1])) if config.native_area else 0
+
+
 def read_pixels(path, config, area):
     """An image as the model sees it: the fixed view, or (area > 0) the whole image at its own
     aspect ratio within `area` patches.
@@ -198,9 +203,7 @@ def main(argv):
         raise ValueError(f"--area={options.area}: {options.weights} has learned positions, which "
                          f"fit images of {config.image_size} px only: leave --area out, or use "
                          "native weights")
-    area = options.area
-    if not area and config.native_area:
-        area = min(DEFAULT_AREA, int(2 ** config.native_area[1]))
+    area = options.area or default_area(config)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     written, skipped = encode_files(encoder, files, options, area, device)
     for line in skipped:

@@ -34,7 +34,7 @@ from nano_aimv2.files import replacing
 from nano_aimv2.flags import check_at_least, read_flags, run_command
 from nano_aimv2.hub import load_encoder, read_weights
 from nano_aimv2.lab.contrastive import CLIP, mean_of_valid, valid_patches
-from nano_aimv2.lab.encode import DEFAULT_AREA, find_images, read_pixels
+from nano_aimv2.lab.encode import default_area, find_images, read_pixels
 from nano_aimv2.lab.heads import CHUNK, accuracy
 from nano_aimv2.lab.plots import search_page
 from nano_aimv2.lab.probe import read_labelled
@@ -131,9 +131,7 @@ def embed_texts(model, tokenizer, texts):
 
 def read_view(model, path):
     """An image file as the model sees it, u8[H, W, 3]: encode.py's view."""
-    c = model.config
-    area = min(DEFAULT_AREA, int(2 ** c.native_area[1])) if c.native_area else 0
-    return read_pixels(path, c, area)
+    return read_pixels(path, model.config, default_area(model.config))
 
 
 def model_hash(model):

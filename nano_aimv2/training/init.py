@@ -12,8 +12,8 @@ Pipeline: weights -> **settings, model** -> training. Lesson: 11.
 
 from pathlib import Path
 
-from nano_aimv2.config import POST_TRAINING, PRESETS, Config, swiglu_hidden
-from nano_aimv2.flags import as_text, check_choice
+from nano_aimv2.config import POST_TRAINING, Config, swiglu_hidden
+from nano_aimv2.flags import as_text
 from nano_aimv2.hub import find_weights, fit_weights, load_encoder, read_weights
 from nano_aimv2.positions import resize_table
 from nano_aimv2.training.checkpoint import need_trained, recorded, resumable, tokenizer_content
@@ -36,9 +36,8 @@ def adopt_init(given):
         holds already. A post-training preset keeps its own grid and positions.
     Raises: ValueError if the weights cannot be read, or if a given setting contradicts them.
     """
-    preset = given.get("preset", "toy")
-    check_choice("preset", preset, PRESETS)
-    claimed = Path(given.get("run_dir") or f"runs/{preset}", "config.json")
+    preset = Config.from_preset(given.get("preset", "toy"))
+    claimed = Path(given.get("run_dir") or preset.run_dir, "config.json")
     if claimed.exists():
         old = Config.load(claimed)
         return {name: getattr(old, name) for name in (*ENCODER, *DECODER, *GRID)
@@ -50,9 +49,8 @@ def adopt_init(given):
         if name in given and given[name] != theirs and name not in GRID:
             raise ValueError(f"{name}={as_text(given[name])} must be as in {given['init']}, whose "
                              f"weights this run starts from: use --{name}={as_text(theirs)}")
-    own = PRESETS[preset][1] if preset in POST_TRAINING else {}
-    kept = {name: own.get(name, getattr(Config, name)) for name in GRID if own}
-    wanted = settled | kept | given
+    kept = GRID if preset.preset in POST_TRAINING else ()
+    wanted = settled | {name: getattr(preset, name) for name in kept} | given
     if wanted["positions"] == "learned" != settled["positions"]:
         raise ValueError("positions='learned' needs a position table, and "
                          f"{given['init']} has none: use --positions={settled['positions']}")
@@ -60,21 +58,20 @@ def adopt_init(given):
 
 
 def settings_of(init, preset, given):
-    """{name: value} of the settings that the weights `init` settle."""
+    """{name: value} of the settings that the weights `init` settle; `preset`: its Config."""
     folder, theirs = find_weights(init)
     if isinstance(theirs, Config):
         need_trained(folder, "train one, or correct --init")
         settled = {name: getattr(theirs, name) for name in (*ENCODER, *DECODER, *GRID)}
         shipped = folder / "tokenizer.tiktoken"
         settled["tokenizer"] = str(shipped) if shipped.exists() else theirs.tokenizer
-        own = given.get("tokenizer") or PRESETS[preset][1].get("tokenizer", Config.tokenizer)
+        own = given.get("tokenizer") or preset.tokenizer
         if tokenizer_content(own) == tokenizer_content(settled["tokenizer"]):
             settled["tokenizer"] = own  # the same, wherever it lies
         return settled
     settled = {name: getattr(theirs, name) for name in (*ENCODER, *GRID) if name != "mlp_multiple"}
     hidden = theirs.mlp_hidden_dim
-    own = given.get("mlp_multiple") or PRESETS[preset][1].get("mlp_multiple", Config.mlp_multiple)
-    for multiple in (own, 256, 32, hidden):
+    for multiple in (given.get("mlp_multiple") or preset.mlp_multiple, 256, 32, hidden):
         if swiglu_hidden(theirs.embed_dim, multiple) == hidden:
             return settled | {"mlp_multiple": multiple}
     raise ValueError(f"init={init}: its MLP has {hidden} hidden values at a width of "
@@ -93,9 +90,9 @@ def describe_init(config):
     return [f"starts from {config.init}" + (": " if changed else "") + ", ".join(changed)]
 
 
-def load_init(model, config):
-    """Start from the weights of `config.init`, fitted to this run's grid. An encoder's weights
-    leave the decoder as it is.
+def load_init(model, config, encoder_only=False):
+    """Start from the weights of `config.init`, fitted to this run's grid. An encoder's weights, or
+    of a run those of the encoder only, leave the rest of the model as it is.
 
     A learned position table is resized to another grid. A run with sin-cos positions drops the
     table: a table of one grid says nothing about others. What that costs shows in the log at step
@@ -105,11 +102,11 @@ def load_init(model, config):
     """
     folder, theirs = find_weights(config.init)
     own = model.state_dict()
-    if isinstance(theirs, Config):
+    if isinstance(theirs, Config) and not encoder_only:
         weights = read_weights(folder / "model.safetensors")
     else:
         weights = {f"encoder.{name}": tensor for name, tensor
-                   in load_encoder(config.init).state_dict().items()}
+                   in load_encoder(folder).state_dict().items()}
         own = {name: tensor for name, tensor in own.items() if name.startswith("encoder.")}
     if config.positions == "sincos":
         weights.pop(TABLE, None)
