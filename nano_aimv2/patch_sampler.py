@@ -10,8 +10,9 @@ A small MLP sees x_t, t, the decoder's state and the pixels that touch the patch
 clean patch; (predicted - x_t) / (1 - t) is then the velocity. Sampling starts from noise and takes
 Euler steps along it. Another noise gives another patch.
 
-x are the lowest frequencies of the patch (a 2-D DCT), scaled to about unit variance: what the eye
-sees, in a few numbers. The states are **detached**: the paper's objective does not feel this head.
+x are the lowest frequencies of the patch (a 2-D DCT), scaled so that fine detail is the smaller:
+noise hides it longer, and what stands in the patch is decided first. The states are **detached**:
+the paper's objective does not feel this head.
 
 Pipeline: decoder states -> **patches to look at**. Source: MAR's loss per token (arXiv 2406.11838).
 Lesson: 09.
@@ -25,13 +26,14 @@ from torch import nn
 
 from nano_aimv2.layers import init_linear_layers
 
-WIDTH, NUM_BLOCKS = 256, 3
+WIDTH, NUM_BLOCKS = 224, 3
 MAX_COEFFICIENTS = 64
-DECAY = 1.9  # the deviation of natural images falls about as 1 / (1 + frequency)^1.9
-MIN_REMAINING = 0.05  # of 1 - t, by which the error of the velocity is divided
-STEPS = 20  # Euler steps of a sample
+DECAY = 1.5  # in natural images the deviation falls about as 1 / (1 + frequency)^1.9
+DRAWS = 2  # times and noises per patch and training step: their chance is most of the gradient's
+TIME = -0.8, 1.4  # t = sigmoid(normal) in training: mean and deviation of the normal
+MAX_WEIGHT = 20.0
+STEPS, END = 20, 0.8  # of sampling: Euler steps, and the time at which they end
 TIME_FEATURES = 32  # cosines and sines of t
-TIME = -0.8, 1.0  # t = sigmoid(normal) in training: mean and deviation of the normal
 HASH = tuple(n - (1 << 64) if n >> 63 else n for n in (  # splitmix64's constants as i64
     0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -93,11 +95,15 @@ def to_uniform(x):
     return ((x >> 40 & 0xFFFFFF).float() + 0.5) / (1 << 24)
 
 
+def two_layers(size, out=WIDTH):
+    return nn.Sequential(nn.Linear(size, WIDTH), nn.SiLU(), nn.Linear(WIDTH, out))
+
+
 class FlowBlock(nn.Module):
     """h + gate * MLP(norm(h) * (1 + scale) + shift): forward(h f[K, W], modulation f[K, 3 W]).
 
-    Scale, shift and gate follow from state and time by one layer for all blocks, and a vector of
-    each block's own. They start at zero.
+    Scale, shift and gate follow from condition and time by one layer for all blocks, and a vector
+    of each block's own. They start at zero.
     """
 
     def __init__(self):
@@ -111,25 +117,22 @@ class FlowBlock(nn.Module):
         return h + gate * self.fc2(F.silu(self.fc1(x)))
 
 
-def two_layers(size):
-    return nn.Sequential(nn.Linear(size, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-
-
 class PatchSampler(nn.Module):
     """The head: `loss` trains it, `sample` draws patches."""
 
     def __init__(self, config):
         super().__init__()
-        p = config.patch_size
-        basis, scale = lowest_frequencies(p)
+        basis, scale = lowest_frequencies(config.patch_size)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        seen = config.decoder_dim + 2 * 3 * config.patch_size + 2  # state and touching pixels
         self.embed = nn.Linear(len(basis), WIDTH)
-        self.embed_state = two_layers(config.decoder_dim + 2 * 3 * p + 2)
-        self.embed_time = two_layers(TIME_FEATURES)
+        self.embed_seen = two_layers(seen)
+        self.embed_time = nn.Linear(TIME_FEATURES, WIDTH)
         self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
         self.layers = nn.ModuleList(FlowBlock() for _ in range(NUM_BLOCKS))
         self.final = nn.Linear(WIDTH, len(basis))
+        self.direct = two_layers(seen, len(basis))  # what is certain, past all noise
         init_linear_layers(self)
         for layer in (self.modulation, self.final):  # at first each block is the identity
             nn.init.zeros_(layer.weight)
@@ -140,37 +143,44 @@ class PatchSampler(nn.Module):
         return len(self.scale)
 
     def condition(self, states, touching):
-        """States f[K, Dd], touching f[K, 6p + 2] -> f[K, W]."""
-        return self.embed_state(torch.cat([states.float(), touching.float()], dim=-1))
+        """States f[K, Dd], touching f[K, 6p + 2] -> (f[K, W], f[K, C])."""
+        seen = torch.cat([states.float(), touching.float()], dim=-1)
+        return self.embed_seen(seen), self.direct(seen)
 
     def clean(self, x, t, condition):
-        """The patch that x_t came from: x f[K, C], t f[K, 1], condition f[K, W] -> f[K, C]."""
-        # 16 frequencies from 1 to 100
-        angle = t * torch.logspace(0, 2, TIME_FEATURES // 2, device=x.device)
+        """The patch that x_t came from: x f[K, C], t f[K, 1], `condition`'s result -> f[K, C]."""
+        # 16 frequencies from 1 to 10
+        angle = t * torch.logspace(0, 1, TIME_FEATURES // 2, device=x.device)
         time = self.embed_time(torch.cat([angle.cos(), angle.sin()], dim=-1))
-        h, modulation = self.embed(x), self.modulation(F.silu(condition + time))
+        seen, direct = condition
+        h, modulation = self.embed(x), self.modulation(F.silu(seen + time))
         for layer in self.layers:
             h = layer(h, modulation)
-        return self.final(F.layer_norm(h, h.shape[-1:])).float()
+        return (self.final(F.layer_norm(h, h.shape[-1:])) + direct).float()
 
     def loss(self, patches, states, touching, noise):
-        """Sum over patches of the mean squared error of the velocity.
+        """Sum over patches of the mean squared error of the clean patch, weighed by 1 / (1 - t).
 
         Args: patches: f[K, P], standardised; states: f[K, Dd], detached; touching: f[K, 6p + 2];
-            noise: f[K, C + 1], the last for t.
+            noise: f[K, DRAWS * C + 1], the last for t; draws of one patch take opposite times.
         """
-        t = (TIME[0] + TIME[1] * noise[:, -1:]).sigmoid()  # [K, 1]
-        x = patches.float() @ self.basis.T / self.scale  # [K, C]
-        x_t = t * x + (1 - t) * noise[:, :-1]
-        error = self.clean(x_t, t, self.condition(states, touching)) - x
-        return (error / (1 - t).clamp(min=MIN_REMAINING)).square().mean(dim=-1).sum()
+        z = noise[:, -1:]
+        t = (TIME[0] + TIME[1] * torch.cat([z, -z])).sigmoid()  # [2K, 1]
+        x = (patches.float() @ self.basis.T / self.scale).repeat(DRAWS, 1)  # [2K, C]
+        x_t = t * x + (1 - t) * torch.cat(noise[:, :-1].chunk(DRAWS, dim=1))
+        condition = [part.repeat(DRAWS, 1) for part in self.condition(states, touching)]
+        error = (self.clean(x_t, t, condition) - x).square().mean(dim=-1, keepdim=True)
+        return (error / (1 - t).clamp(min=1 / MAX_WEIGHT)).sum() / DRAWS
 
     def sample(self, states, touching, noise, steps=STEPS):
-        """Patches f[K, P], standardised, from noise f[K, C]; the rest as in `loss`. The steps are
-        short at the start, where it is decided what comes."""
-        condition = self.condition(states, touching)
-        x, times = noise, torch.linspace(0, 1, steps + 1, device=noise.device) ** 2
-        for t, after in zip(times[:-1], times[1:], strict=True):
-            velocity = (self.clean(x, t.expand(len(x), 1), condition) - x) / (1 - t)
-            x = x + (after - t) * velocity
-        return (x * self.scale) @ self.basis
+        """Patches f[K, P], standardised, from noise f[K, C]; the rest as in `loss`.
+
+        The steps lead to t = END. From there the clean patch is read off: the little noise that is
+        left looks like detail, and following it further only adds the errors of late velocities.
+        """
+        condition, x = self.condition(states, touching), noise
+        times = torch.arange(steps + 1, device=noise.device)[:, None, None] * (END / steps)
+        times = times.expand(-1, len(x), 1)  # [steps + 1, K, 1]
+        for t in times[:-1]:
+            x = x + (self.clean(x, t, condition) - x) / (1 - t) * (END / steps)
+        return (self.clean(x, times[-1], condition) * self.scale) @ self.basis

@@ -99,7 +99,7 @@ def test_where_two_patches_may_come_it_draws_either_and_never_their_mean():
     optimizer = torch.optim.Adam(sampler.parameters(), lr=2e-3)
     for _ in range(300):
         patches = torch.where(torch.rand(256, 1) < 0.5, 1.5, -1.5).expand(-1, 48)
-        loss = sampler.loss(patches, states, touching, torch.randn(256, 49)) / 256
+        loss = sampler.loss(patches, states, touching, torch.randn(256, 97)) / 256
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

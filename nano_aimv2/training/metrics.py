@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nano_aimv2.data.batches import capped
 from nano_aimv2.files import write_text
-from nano_aimv2.patch_sampler import MAX_COEFFICIENTS, NUM_BLOCKS, TIME_FEATURES, WIDTH
+from nano_aimv2.patch_sampler import DRAWS, MAX_COEFFICIENTS, NUM_BLOCKS, TIME_FEATURES, WIDTH
 from nano_aimv2.training.distributed import ReadLater
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets.
@@ -51,10 +51,12 @@ def sampler_flops(config):
     """Matmul FLOPs of the patch sampler for one patch: (forward, what its backward pass saves,
     since nothing before it is trained by it)."""
     C = min(MAX_COEFFICIENTS, config.patch_dim)
-    inputs = 2 * WIDTH * (C + config.decoder_dim + 6 * config.patch_size + 2 + TIME_FEATURES)
+    seen = config.decoder_dim + 6 * config.patch_size + 2
     frequencies = 2 * C * config.patch_dim
-    forward = frequencies + inputs + 2 * WIDTH * ((5 + 2 * NUM_BLOCKS) * WIDTH + C)
-    return forward, inputs + 2 * frequencies
+    once = 2 * WIDTH * (2 * seen + WIDTH + C)  # the two networks of what is seen
+    draw = 2 * WIDTH * (2 * C + TIME_FEATURES + (3 + 2 * NUM_BLOCKS) * WIDTH)
+    unused = frequencies * 2 + 2 * WIDTH * (2 * seen + DRAWS * (C + TIME_FEATURES))
+    return frequencies + once + DRAWS * draw, unused
 
 
 def train_flops(config, num_patches, text_length, image_targets, text_targets):

@@ -23,8 +23,9 @@ def lr_at(step, lr, min_lr, warmup_steps, steps):
 
 
 def is_decayed(name, parameter):
-    """Matrices are decayed; vectors (biases, norms, BOS) and the position tables are not."""
-    return parameter.ndim >= 2 and "positions" not in name
+    """Matrices are decayed; vectors (biases, norms, BOS), the position tables and the patch sampler
+    are not."""
+    return parameter.ndim >= 2 and "positions" not in name and not name.startswith("sampler.")
 
 
 def make_optimizer(model, lr, weight_decay, betas, encoder_lr=1.0):
