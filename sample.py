@@ -85,7 +85,7 @@ def main(argv):
         completed = completions(model, patches, grid, options.complete, options.num_samples,
                                 options.seed)
         captioned = [(completed[i][0], name, None) for i, name in enumerate(names)]
-        title = f"The first {options.complete:.0%} of the patches given, the rest drawn"
+        title = f"The first {100 * options.complete:.3g}% of the patches given, the rest drawn"
         samples_page(captioned, completed, out, title)
         print(f"written: {out}")
     else:

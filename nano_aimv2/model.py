@@ -15,7 +15,7 @@ from nano_aimv2.decoder import Decoder
 from nano_aimv2.encoder import Encoder
 from nano_aimv2.layers import init_linear_layers
 from nano_aimv2.losses import IGNORE, Losses, image_loss, text_loss, text_targets
-from nano_aimv2.patch_sampler import DRAWS, PatchSampler, hashed_noise, touching_pixels
+from nano_aimv2.patch_sampler import PatchSampler, hashed_noise, touching_pixels
 from nano_aimv2.patchify import normalize_patches
 from nano_aimv2.prefix_mask import is_image_target
 
@@ -70,7 +70,7 @@ class AIMv2(nn.Module):
         target = patches.flatten(0, 1)[rows]  # f[K, P]
         touching = touching_pixels(patches, batch.grid).flatten(0, 1)[rows]  # f[K, 6p + 2]
         place = batch.first_row + rows // patches.shape[1], rows % patches.shape[1]
-        noise = hashed_noise(self.config.seed, *place, DRAWS * self.sampler.size + 1)  # f[K, 2C + 1]
+        noise = hashed_noise(self.config.seed, *place, self.sampler.train_size)
         sampler_sum = self.sampler.loss(target, states.detach(), touching, noise)
         target = target if self.config.raw_pixels else normalize_patches(target)[0]
         image_sum, image_count = image_loss(decoder.pixel_head(states), target)

@@ -125,22 +125,19 @@ class PatchSampler(nn.Module):
         basis, scale = lowest_frequencies(config.patch_size)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self.size = len(scale)  # C, numbers of noise that drawing a patch takes
+        self.train_size = DRAWS * self.size + 1  # and learning from it
         seen = config.decoder_dim + 2 * 3 * config.patch_size + 2  # state and touching pixels
-        self.embed = nn.Linear(len(basis), WIDTH)
+        self.embed = nn.Linear(self.size, WIDTH)
         self.embed_seen = two_layers(seen)
         self.embed_time = nn.Linear(TIME_FEATURES, WIDTH)
         self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
         self.layers = nn.ModuleList(FlowBlock() for _ in range(NUM_BLOCKS))
-        self.final = nn.Linear(WIDTH, len(basis))
-        self.direct = two_layers(seen, len(basis))  # what is certain, past all noise
+        self.final = nn.Linear(WIDTH, self.size)
+        self.direct = two_layers(seen, self.size)  # what is certain, past all noise
         init_linear_layers(self)
         for layer in (self.modulation, self.final):  # at first each block is the identity
             nn.init.zeros_(layer.weight)
-
-    @property
-    def size(self):
-        """C: how many numbers of noise a patch takes."""
-        return len(self.scale)
 
     def condition(self, states, touching):
         """States f[K, Dd], touching f[K, 6p + 2] -> (f[K, W], f[K, C])."""
@@ -162,7 +159,7 @@ class PatchSampler(nn.Module):
         """Sum over patches of the mean squared error of the clean patch, weighed by 1 / (1 - t).
 
         Args: patches: f[K, P], standardised; states: f[K, Dd], detached; touching: f[K, 6p + 2];
-            noise: f[K, DRAWS * C + 1], the last for t; draws of one patch take opposite times.
+            noise: f[K, DRAWS * C + 1], the last for t; the draws of a patch take opposite times.
         """
         z = noise[:, -1:]
         t = (TIME[0] + TIME[1] * torch.cat([z, -z])).sigmoid()  # [2K, 1]

@@ -199,6 +199,10 @@ IMAGE = f"--image={ROOT}/lessons/figures/toy_samples.png"
     (["--image=lessons"], "image 'lessons' cannot be read .*: give a whole JPEG, PNG or WebP file"),
     ([IMAGE, "--complete=nan"], "--complete=nan must be a number, not nan or inf"),
     ([IMAGE, "--complete=1"], "--complete=1.0 must be a fraction of the image"),
+    ([IMAGE, "--complete=0"], "above 0 and below 1: at least one patch is given, and one is drawn"),
+    ([IMAGE, "--complete=0.5", "--num_samples=0"], "num_samples=0 must be at least 1"),
+    ([IMAGE, "--num_samples=2"], "--num_samples needs --complete=FRACTION"),
+    ([IMAGE, "--choices=a|b", "--seed=1"], "--seed and --choices exclude each other"),
     ([IMAGE, "--seed=-1"], "seed=-1 must be at least 0"),
     ([IMAGE, "--temperature=nan"], "--temperature=nan must be a number, not nan or inf"),
     ([IMAGE, "--top_p=nan"], "--top_p=nan must be a number, not nan or inf"),
@@ -215,6 +219,17 @@ def test_sample_refuses_what_it_cannot_do_or_would_ignore(trained, flags, messag
     with pytest.raises(ValueError, match=message) as error:
         sample.main([f"--run_dir={trained[0]}", "--device=cpu", *flags])
     assert "\n" not in str(error.value)
+
+
+def test_sample_draws_as_many_continuations_as_asked_for_even_from_one_patch(trained, tmp_path):
+    flags = [f"--run_dir={trained[0]}", "--device=cpu", IMAGE, "--complete=0.001"]
+    pages = []
+    for i, more in enumerate((["--num_samples=1"], ["--num_samples=4"],
+                              ["--num_samples=1", "--seed=3"], ["--num_samples=1", "--seed=0"])):
+        sample.main([*flags, *more, f"--out={tmp_path}/{i}.png"])
+        pages.append((tmp_path / f"{i}.png").read_bytes())
+    assert pages[0] == pages[3], "the same seed drew another image"
+    assert len({*pages}) == 3, "another seed or another number of samples changed nothing"
 
 
 def test_sample_reads_the_other_still_formats_and_never_an_eps(trained, tmp_path, capsys):

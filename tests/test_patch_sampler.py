@@ -8,7 +8,7 @@ from helpers import as_run, liven_sampler, random_batch, run_script, tiny_config
 from safetensors.torch import load_file, save_file
 
 from nano_aimv2.generate import complete, teacher_forced
-from nano_aimv2.lab.drawn import frechet_distance, pixel_numbers
+from nano_aimv2.lab.drawn import continued, frechet_distance, pixel_numbers
 from nano_aimv2.model import AIMv2
 from nano_aimv2.patch_sampler import (
     PatchSampler,
@@ -164,6 +164,18 @@ def test_seams_are_the_steps_between_patches_over_those_within():
     flat[..., 8:] = 100  # one step, at a seam
     energy, seams = pixel_numbers(patchify(flat, 4).to(torch.uint8) + 0, (4, 4), 4)
     assert energy > 0 and (seams == float("inf") or seams > 1e6)
+
+
+def test_an_object_counts_as_continued_where_half_of_its_columns_go_on():
+    real = torch.full((4, 3, 12, 16), 100, dtype=torch.uint8)
+    real[:3, 0, 2:10, 4:10] = 250  # six columns of red across a border at row 6, in three images
+    drawn = real.clone()
+    drawn[1, 0, 6:, 4:6] = 100  # four of six go on
+    drawn[2, 0, 6:, 4:8] = 100  # two of six
+    assert continued(real, real, 6, 2) == 1
+    assert continued(drawn, real, 6, 2) == pytest.approx(2 / 3)
+    assert continued(drawn[2:], real[2:], 6, 2) == 0  # the last image has no object
+    assert math.isnan(continued(real[3:], real[3:], 6, 2))
 
 
 @slow

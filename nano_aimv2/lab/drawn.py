@@ -12,6 +12,7 @@ training images, and so are the held-out images themselves: that is the floor, r
 - *Seams*: the same across borders of patches, over that within patches.
 - *Names*: share of images in whose caption the judge names something below ("bottom", toy scenes),
   or the image's label (photographs).
+- *Continued*: given three quarters, the share of images that continue what the border cuts.
 
 Everything is drawn with several seeds; +- is the standard deviation over them.
 
@@ -76,6 +77,30 @@ def pixel_numbers(patches, grid, p):
     return float(down.mean() + right.mean()) / 2, float(seams / inside.mean())
 
 
+def continued(images, real, border, depth):
+    """Share of images that continue the object which a border cuts, among those where it cuts one.
+
+    Args: images, real: u8[N, 3, H, W]; equal above row `border`. depth: rows below it, in pixels.
+
+    A column is cut where the real pixel above the border is far from the median of its row (by 60
+    of 255 in a channel) and the real pixel `depth` below is like it (by 30). Four columns are an
+    object. It is continued if in at least half of them the pixel is nearer to the object than to
+    the median.
+    """
+    above = real[:, :, border - 1].float()  # [N, 3, W]
+    usual = above.median(dim=2, keepdim=True).values
+
+    def far(a, b):
+        return (a.float() - b).abs().amax(dim=1)  # [N, W]
+
+    below = border - 1 + depth
+    is_cut = (far(above, usual) > 60) & (far(real[:, :, below], above) < 30)
+    has_object = is_cut.sum(dim=1) >= 4
+    goes_on = far(images[:, :, below], above) < far(images[:, :, below], usual)
+    share = (is_cut & goes_on).sum(dim=1) / is_cut.sum(dim=1).clamp(min=1)
+    return float((share[has_object] >= 0.5).float().mean())
+
+
 class Judge:
     """What another run's encoder and captions say of images."""
 
@@ -138,16 +163,26 @@ def draw_and_measure(options):
     held, _, labels = read_images(sources[0], config, tokenizer, options.images, device)
     real_features = judge.features(real, grid)
     rows = {"real": judge.numbers(held, grid, labels, real_features)}
-    num_given = grid[0] // 2 * grid[1]
     grids, drawn = torch.tensor([grid] * len(held), device=device), []
+    whole, p, cut = unpatchify(held, grid, config.patch_size), config.patch_size, grid[0] * 3 // 4
+
+    def draw(rows, seed):
+        parts = zip(held.split(250), grids.split(250), strict=True)
+        return torch.cat([complete(model, part, g, rows * grid[1], seed) for part, g in parts])
+
+    def count_continued(patches):
+        return continued(unpatchify(patches, grid, p), whole, cut * p, max(2, p // 3))
+
+    rows["real"]["continued"] = count_continued(held)
     for seed in range(options.seeds):
-        parts = [complete(model, part, g, num_given, seed)
-                 for part, g in zip(held.split(250), grids.split(250), strict=True)]
-        drawn.append(judge.numbers(torch.cat(parts), grid, labels, real_features))
+        half = draw(grid[0] // 2, seed)
+        drawn.append(judge.numbers(half, grid, labels, real_features))
+        drawn[-1]["continued"] = count_continued(draw(cut, seed))
     rows["drawn"] = {name: [row[name] for row in drawn] for name in drawn[0]}
     rows["images"] = [len(held), len(real)]
     completed = completions(model, held[:SHOWN], grids[:SHOWN], 0.5)
-    texts = caption(judge.model, parts[0][:SHOWN], grids[:SHOWN], judge.tokenizer)
+    third = complete(model, held[:SHOWN], grids[:SHOWN], grid[0] // 2 * grid[1], seed=2)
+    texts = caption(judge.model, third, grids[:SHOWN], judge.tokenizer)
     captioned = [(versions[-2], c.text, None) for versions, c in zip(completed, texts, strict=True)]
     return rows, (captioned, completed)
 
