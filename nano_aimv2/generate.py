@@ -142,7 +142,7 @@ def draw_patches(model, states, before, grid, first, seed, steps):
     touching = touching_pixels(model.encoder.standardize(padded), grid)[:, first : first + K]
     row, patch = (i.to(states.device).flatten() for i in torch.meshgrid(
         torch.arange(B), torch.arange(first, first + K), indexing="ij"))
-    noise = hashed_noise(seed, row, patch, sampler.size)
+    noise = hashed_noise(seed, row, patch, sampler.noise_sizes[1])
     drawn = sampler.sample(states.flatten(0, 1), touching.flatten(0, 1), noise, steps)
     return model.encoder.to_pixels(drawn.unflatten(0, (B, K)))
 

@@ -70,7 +70,7 @@ class AIMv2(nn.Module):
         target = patches.flatten(0, 1)[rows]  # f[K, P]
         touching = touching_pixels(patches, batch.grid).flatten(0, 1)[rows]  # f[K, 6p + 2]
         place = batch.first_row + rows // patches.shape[1], rows % patches.shape[1]
-        noise = hashed_noise(self.config.seed, *place, self.sampler.train_size)
+        noise = hashed_noise(self.config.seed, *place, self.sampler.noise_sizes[0])
         sampler_sum = self.sampler.loss(target, states.detach(), touching, noise)
         target = target if self.config.raw_pixels else normalize_patches(target)[0]
         image_sum, image_count = image_loss(decoder.pixel_head(states), target)

@@ -32,6 +32,7 @@ DECAY = 1.5  # in natural images the deviation falls about as 1 / (1 + frequency
 DRAWS = 2  # times and noises per patch and training step: their chance is most of the gradient's
 TIME = -0.8, 1.4  # t = sigmoid(normal) in training: mean and deviation of the normal
 MAX_WEIGHT = 20.0
+MEDIAN = 0.6745  # of the absolute value of a normal number
 STEPS, END = 20, 0.8  # of sampling: Euler steps, and the time at which they end
 TIME_FEATURES = 32  # cosines and sines of t
 HASH = tuple(n - (1 << 64) if n >> 63 else n for n in (  # splitmix64's constants as i64
@@ -125,8 +126,8 @@ class PatchSampler(nn.Module):
         basis, scale = lowest_frequencies(config.patch_size)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        self.size = len(scale)  # C, numbers of noise that drawing a patch takes
-        self.train_size = DRAWS * self.size + 1  # and learning from it
+        self.size = len(scale)  # C
+        self.noise_sizes = DRAWS * self.size + 1, sum(basis.shape)  # of `loss` and of `sample`
         seen = config.decoder_dim + 2 * 3 * config.patch_size + 2  # state and touching pixels
         self.embed = nn.Linear(self.size, WIDTH)
         self.embed_seen = two_layers(seen)
@@ -135,6 +136,7 @@ class PatchSampler(nn.Module):
         self.layers = nn.ModuleList(FlowBlock() for _ in range(NUM_BLOCKS))
         self.final = nn.Linear(WIDTH, self.size)
         self.direct = two_layers(seen, self.size)  # what is certain, past all noise
+        self.grain = nn.Parameter(torch.zeros(1))  # deviation of what the basis leaves out
         init_linear_layers(self)
         for layer in (self.modulation, self.final):  # at first each block is the identity
             nn.init.zeros_(layer.weight)
@@ -156,28 +158,33 @@ class PatchSampler(nn.Module):
         return (self.final(F.layer_norm(h, h.shape[-1:])) + direct).float()
 
     def loss(self, patches, states, touching, noise):
-        """Sum over patches of the mean squared error of the clean patch, weighed by 1 / (1 - t).
+        """Sum over patches of the mean squared error of the clean patch, weighed by 1 / (1 - t),
+        and of the absolute error of the grain.
 
         Args: patches: f[K, P], standardised; states: f[K, Dd], detached; touching: f[K, 6p + 2];
             noise: f[K, DRAWS * C + 1], the last for t; the draws of a patch take opposite times.
         """
-        z = noise[:, -1:]
+        z, patches = noise[:, -1:], patches.float()
         t = (TIME[0] + TIME[1] * torch.cat([z, -z])).sigmoid()  # [2K, 1]
-        x = (patches.float() @ self.basis.T / self.scale).repeat(DRAWS, 1)  # [2K, C]
+        x = patches @ self.basis.T  # [K, C]
+        rest, x = patches - x @ self.basis, (x / self.scale).repeat(DRAWS, 1)  # [K, P], [2K, C]
         x_t = t * x + (1 - t) * torch.cat(noise[:, :-1].chunk(DRAWS, dim=1))
         condition = [part.repeat(DRAWS, 1) for part in self.condition(states, touching)]
         error = (self.clean(x_t, t, condition) - x).square().mean(dim=-1, keepdim=True)
-        return (error / (1 - t).clamp(min=1 / MAX_WEIGHT)).sum() / DRAWS
+        error = (error / (1 - t).clamp(min=1 / MAX_WEIGHT)).sum() / DRAWS
+        return error + (rest.abs() - MEDIAN * self.grain).abs().mean(dim=-1).sum()
 
     def sample(self, states, touching, noise, steps=STEPS):
-        """Patches f[K, P], standardised, from noise f[K, C]; the rest as in `loss`.
+        """Patches f[K, P], standardised, from noise f[K, C + P]; the rest as in `loss`.
 
         The steps lead to t = END. From there the clean patch is read off: the little noise that is
         left looks like detail, and following it further only adds the errors of late velocities.
+        The last P numbers of the noise become the grain.
         """
-        condition, x = self.condition(states, touching), noise
+        condition, (x, grain) = self.condition(states, touching), noise.tensor_split([self.size], 1)
         times = torch.arange(steps + 1, device=noise.device)[:, None, None] * (END / steps)
         times = times.expand(-1, len(x), 1)  # [steps + 1, K, 1]
         for t in times[:-1]:
             x = x + (self.clean(x, t, condition) - x) / (1 - t) * (END / steps)
-        return (self.clean(x, times[-1], condition) * self.scale) @ self.basis
+        x = self.clean(x, times[-1], condition) * self.scale
+        return x @ self.basis + self.grain * grain
