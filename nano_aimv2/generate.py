@@ -143,7 +143,9 @@ def draw_patches(model, states, before, grid, first, seed, steps):
     row, patch = (i.to(states.device).flatten() for i in torch.meshgrid(
         torch.arange(B), torch.arange(first, first + K), indexing="ij"))
     noise = hashed_noise(seed, row, patch, sampler.noise_sizes[1])
-    drawn = sampler.sample(states.flatten(0, 1), touching.flatten(0, 1), noise, steps)
+    states = states.flatten(0, 1)
+    seen = sampler.see(states, model.decoder.pixel_head(states), touching.flatten(0, 1))
+    drawn = sampler.sample(seen, noise, steps)
     return model.encoder.to_pixels(drawn.unflatten(0, (B, K)))
 
 

@@ -71,9 +71,11 @@ class AIMv2(nn.Module):
         touching = touching_pixels(patches, batch.grid).flatten(0, 1)[rows]  # f[K, 6p + 2]
         place = batch.first_row + rows // patches.shape[1], rows % patches.shape[1]
         noise = hashed_noise(self.config.seed, *place, self.sampler.noise_sizes[0])
-        sampler_sum = self.sampler.loss(target, states.detach(), touching, noise)
+        predicted = decoder.pixel_head(states)  # f[K, P]
+        seen = self.sampler.see(states, predicted, touching)
+        sampler_sum = self.sampler.loss(target, seen, noise)
         target = target if self.config.raw_pixels else normalize_patches(target)[0]
-        image_sum, image_count = image_loss(decoder.pixel_head(states), target)
+        image_sum, image_count = image_loss(predicted, target)
 
         # Text state t predicts token t: BOS predicts the first, the last token EOS.
         target = text_targets(tokens, batch.num_tokens)  # i64[B, T]

@@ -6,9 +6,9 @@ not, that is half an object: a grey block. This head *samples*. It is a rectifie
 
     x_t = t x + (1 - t) e        t = 0: noise, t = 1: the patch        velocity  dx_t/dt = x - e
 
-A small MLP sees x_t, t, the decoder's state and the pixels that touch the patch, and predicts the
-clean patch; (predicted - x_t) / (1 - t) is then the velocity. Sampling starts from noise and takes
-Euler steps along it. Another noise gives another patch.
+A small MLP sees x_t, t, the decoder's state, what the pixel head makes of it, and the pixels that
+touch the patch. It predicts the clean patch; (predicted - x_t) / (1 - t) is then the velocity.
+Sampling starts from noise and takes Euler steps along it. Another noise gives another patch.
 
 x are the lowest frequencies of the patch (a 2-D DCT), scaled so that fine detail is the smaller:
 noise hides it longer, and what stands in the patch is decided first. The states are **detached**:
@@ -34,6 +34,7 @@ TIME = -0.8, 1.4  # t = sigmoid(normal) in training: mean and deviation of the n
 MAX_WEIGHT = 20.0
 MEDIAN = 0.6745  # of the absolute value of a normal number
 STEPS, END = 20, 0.8  # of sampling: Euler steps, and the time at which they end
+TEMPERATURE = 1.02  # of the noise: at 1 a head that has not learnt to the end draws too few objects
 TIME_FEATURES = 32  # cosines and sines of t
 HASH = tuple(n - (1 << 64) if n >> 63 else n for n in (  # splitmix64's constants as i64
     0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -128,7 +129,7 @@ class PatchSampler(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.size = len(scale)  # C
         self.noise_sizes = DRAWS * self.size + 1, sum(basis.shape)  # of `loss` and of `sample`
-        seen = config.decoder_dim + 2 * 3 * config.patch_size + 2  # state and touching pixels
+        seen = config.decoder_dim + self.size + 2 * 3 * config.patch_size + 2  # Q: see `see`
         self.embed = nn.Linear(self.size, WIDTH)
         self.embed_seen = two_layers(seen)
         self.embed_time = nn.Linear(TIME_FEATURES, WIDTH)
@@ -141,47 +142,56 @@ class PatchSampler(nn.Module):
         for layer in (self.modulation, self.final):  # at first each block is the identity
             nn.init.zeros_(layer.weight)
 
-    def condition(self, states, touching):
-        """States f[K, Dd], touching f[K, 6p + 2] -> (f[K, W], f[K, C])."""
-        seen = torch.cat([states.float(), touching.float()], dim=-1)
-        return self.embed_seen(seen), self.direct(seen)
+    def see(self, states, predicted, touching):
+        """What is known before drawing, without gradient: f[K, Q].
+
+        Args: states: f[K, Dd]; predicted: f[K, P], the pixel head's, whose meaning stays while that
+            of the states moves during training; touching: f[K, 6p + 2].
+        """
+        parts = states, predicted.float() @ self.basis.T, touching
+        return torch.cat([part.float() for part in parts], dim=-1).detach()
+
+    def condition(self, seen):
+        """seen f[K, Q] -> f[K, W + C], once for all steps."""
+        return torch.cat([self.embed_seen(seen), self.direct(seen)], dim=-1)
 
     def clean(self, x, t, condition):
-        """The patch that x_t came from: x f[K, C], t f[K, 1], `condition`'s result -> f[K, C]."""
+        """The patch that x_t came from: x f[K, C], t f[K, 1], condition f[K, W + C] -> f[K, C]."""
         # 16 frequencies from 1 to 10
         angle = t * torch.logspace(0, 1, TIME_FEATURES // 2, device=x.device)
         time = self.embed_time(torch.cat([angle.cos(), angle.sin()], dim=-1))
-        seen, direct = condition
+        seen, direct = condition.tensor_split([WIDTH], dim=-1)
         h, modulation = self.embed(x), self.modulation(F.silu(seen + time))
         for layer in self.layers:
             h = layer(h, modulation)
         return (self.final(F.layer_norm(h, h.shape[-1:])) + direct).float()
 
-    def loss(self, patches, states, touching, noise):
+    def loss(self, patches, seen, noise):
         """Sum over patches of the mean squared error of the clean patch, weighed by 1 / (1 - t),
         and of the absolute error of the grain.
 
-        Args: patches: f[K, P], standardised; states: f[K, Dd], detached; touching: f[K, 6p + 2];
-            noise: f[K, DRAWS * C + 1], the last for t; the draws of a patch take opposite times.
+        Args: patches: f[K, P], standardised; seen: f[K, Q]; noise: f[K, DRAWS * C + 1], the last
+            for t: the draws of a patch take opposite times.
         """
         z, patches = noise[:, -1:], patches.float()
         t = (TIME[0] + TIME[1] * torch.cat([z, -z])).sigmoid()  # [2K, 1]
         x = patches @ self.basis.T  # [K, C]
         rest, x = patches - x @ self.basis, (x / self.scale).repeat(DRAWS, 1)  # [K, P], [2K, C]
         x_t = t * x + (1 - t) * torch.cat(noise[:, :-1].chunk(DRAWS, dim=1))
-        condition = [part.repeat(DRAWS, 1) for part in self.condition(states, touching)]
+        condition = self.condition(seen).repeat(DRAWS, 1)
         error = (self.clean(x_t, t, condition) - x).square().mean(dim=-1, keepdim=True)
         error = (error / (1 - t).clamp(min=1 / MAX_WEIGHT)).sum() / DRAWS
         return error + (rest.abs() - MEDIAN * self.grain).abs().mean(dim=-1).sum()
 
-    def sample(self, states, touching, noise, steps=STEPS):
-        """Patches f[K, P], standardised, from noise f[K, C + P]; the rest as in `loss`.
+    def sample(self, seen, noise, steps=STEPS):
+        """Patches f[K, P], standardised, from noise f[K, C + P] and seen f[K, Q].
 
         The steps lead to t = END. From there the clean patch is read off: the little noise that is
         left looks like detail, and following it further only adds the errors of late velocities.
         The last P numbers of the noise become the grain.
         """
-        condition, (x, grain) = self.condition(states, touching), noise.tensor_split([self.size], 1)
+        condition, (x, grain) = self.condition(seen), noise.tensor_split([self.size], dim=-1)
+        x = TEMPERATURE * x
         times = torch.arange(steps + 1, device=noise.device)[:, None, None] * (END / steps)
         times = times.expand(-1, len(x), 1)  # [steps + 1, K, 1]
         for t in times[:-1]:

@@ -85,26 +85,26 @@ def test_a_sampler_that_knows_the_patch_draws_it_in_any_number_of_steps():
     sampler = PatchSampler(tiny_config())
     with torch.no_grad():
         sampler.final.bias.copy_(torch.linspace(-1, 1, 48))
-    touching, states = torch.zeros(5, 26), torch.zeros(5, 32)
+    seen = torch.zeros(5, 32 + 48 + 26)
     expected = (torch.linspace(-1, 1, 48) * sampler.scale) @ sampler.basis
     for steps in (1, 3, 20):
-        drawn = sampler.sample(states, touching, torch.randn(5, 96), steps)
+        drawn = sampler.sample(seen, torch.randn(5, 96), steps)
         assert torch.allclose(drawn, expected.expand(5, -1), atol=1e-4), steps
 
 
 def test_where_two_patches_may_come_it_draws_either_and_never_their_mean():
     torch.manual_seed(0)
     sampler = PatchSampler(tiny_config())
-    states, touching = torch.ones(256, 32), torch.ones(256, 26)
+    seen = torch.ones(256, 32 + 48 + 26)
     optimizer = torch.optim.Adam(sampler.parameters(), lr=2e-3)
     for _ in range(300):
         patches = torch.where(torch.rand(256, 1) < 0.5, 1.5, -1.5).expand(-1, 48)
-        loss = sampler.loss(patches, states, touching, torch.randn(256, 97)) / 256
+        loss = sampler.loss(patches, seen, torch.randn(256, 97)) / 256
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        brightness = sampler.sample(states, touching, torch.randn(256, 96)).mean(dim=1)
+        brightness = sampler.sample(seen, torch.randn(256, 96)).mean(dim=1)
     assert 0.25 < float((brightness > 0).float().mean()) < 0.75
     near = ((brightness.abs() - 1.5).abs() < 0.4).float().mean()
     assert float(near) > 0.9, brightness.abs().sort().values[::32]
@@ -113,15 +113,15 @@ def test_where_two_patches_may_come_it_draws_either_and_never_their_mean():
 def test_what_the_basis_leaves_out_becomes_grain_of_the_right_strength():
     torch.manual_seed(0)
     sampler = PatchSampler(tiny_config(image_size=32, patch_size=8))  # 64 of 192 numbers
-    states, touching = torch.zeros(64, 32), torch.zeros(64, 50)
+    seen = torch.zeros(64, 32 + 64 + 50)
     optimizer = torch.optim.Adam([sampler.grain], lr=3e-3)
     for _ in range(300):
         patches = 0.3 * torch.randn(64, 192)
-        (sampler.loss(patches, states, touching, torch.randn(64, 129)) / 64).backward()
+        (sampler.loss(patches, seen, torch.randn(64, 129)) / 64).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        drawn = sampler.sample(states, touching, torch.randn(64, 64 + 192))
+        drawn = sampler.sample(seen, torch.randn(64, 64 + 192))
     grain, rest = float(sampler.grain.detach()), drawn - drawn @ sampler.basis.T @ sampler.basis
     left_out = (128 / 192) ** 0.5  # share of the deviation
     assert grain == pytest.approx(0.3 * left_out, rel=0.1)

@@ -51,8 +51,8 @@ def sampler_flops(config):
     """Matmul FLOPs of the patch sampler for one patch: (forward, what its backward pass saves,
     since nothing before it is trained by it)."""
     C = min(MAX_COEFFICIENTS, config.patch_dim)
-    seen = config.decoder_dim + 6 * config.patch_size + 2
-    frequencies = 2 * C * config.patch_dim
+    seen = config.decoder_dim + C + 6 * config.patch_size + 2
+    frequencies = 2 * C * config.patch_dim * 3  # of the patch, back, and of the predicted one
     once = 2 * WIDTH * (2 * seen + WIDTH + C)  # the two networks of what is seen
     draw = 2 * WIDTH * (2 * C + TIME_FEATURES + (3 + 2 * NUM_BLOCKS) * WIDTH)
     unused = frequencies * 2 + 2 * WIDTH * (2 * seen + DRAWS * (C + TIME_FEATURES))
