@@ -203,7 +203,7 @@ def test_the_toy_set_of_the_studies_is_drawn_where_it_is_missing(tmp_path, monke
     monkeypatch.setattr(study.subprocess, "run", lambda words: started.append(words) or result)
     started, result = [], study.subprocess.CompletedProcess([], 0)
     study.prepare_data(f"{study.TOY_SET}:alt:1")
-    assert started[0][2:] == ["--out=data/scenes_study", "--val=30"]
+    assert started[0][2:] == ["--out=data/scenes_study", "--val=30", "--subsets=true"]
     result.returncode = 1
     with pytest.raises(ValueError, match="could not draw data/scenes_study"):
         study.prepare_data(study.BASES["toy"]["data"])

@@ -383,7 +383,7 @@ def prepare_data(data):
                              f"data/pack.py PHOTOS --out={source.path} --val=0.2`, or name others "
                              "with --data")
         done = subprocess.run([sys.executable, ROOT / "data/scenes.py", f"--out={TOY_SET}",
-                               f"--val={PROBED['toy'][1]}"])  # more images to test on
+                               f"--val={PROBED['toy'][1]}", "--subsets=true"])  # more to test on
         if done.returncode:
             raise ValueError(f"data/scenes.py could not draw {TOY_SET}: see its message above")
 
