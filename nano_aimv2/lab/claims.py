@@ -28,7 +28,11 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 UP, DOWN = 1, -1
 METRICS = {"probe": ("top-1 of the attentive probe", UP),
            "caption_loss": ("caption loss, nats per token", DOWN),
-           "image_loss": ("image loss, normalised patches", DOWN)}
+           "image_loss": ("image loss, normalised patches", DOWN),
+           # Derived from the others, see pixels.py
+           "log_caption_loss": ("log of the caption loss", DOWN),
+           "not_named": ("top-1 of the attributes that the captions do not name", UP),
+           "not_named_minus_named": ("the same minus that of the attributes they name", UP)}
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    arms: dict  # {name: settings that differ; "contrastive": True is the CLIP baseline}
+    arms: dict  # {name: settings that differ; beside those of train.py see `flags_of`}
     samples: tuple  # how many samples a run sees, epochs included
     claims: tuple
     metrics: tuple = ("probe", "caption_loss")
     against_flops: bool = False  # what the figure is drawn over; False: samples
     is_paired: bool = False  # which of the two intervals
+    first_only: tuple = ()  # arms that are trained with the first number of samples only
 
 
 def cells_of(rows, metric):
@@ -147,6 +152,13 @@ def judge(claim, rows, is_paired=False):
         return None
     value, half = METRICS[claim.metric][1] * found[0] / claim.per, found[1] / claim.per
     return value, half, "holds" if value > half else "fails" if value < -half else "inconclusive"
+
+
+def interval_text(value, half, digits=3):
+    """'+0.023 [+0.009 +0.037]'."""
+    if half == math.inf:
+        return f"{value:+.{digits}f}, no interval"
+    return f"{value:+.{digits}f} [{value - half:+.{digits}f} {value + half:+.{digits}f}]"
 
 
 def table_line(*cells):

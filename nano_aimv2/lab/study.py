@@ -12,7 +12,7 @@ Each measured run is a row of OUT/PRESET-NAME.jsonl, and a run that has a row is
 an interrupted study resumes, and more --seeds add runs. Without anything left to train, only the
 table and the figure are made again.
 
-    python -m nano_aimv2.lab.study objective       # or scaling, ablations; draws the toy set first
+    python -m nano_aimv2.lab.study objective       # or another one; draws the toy set first
     python -m nano_aimv2.lab.study objective --preset=photos --jobs=2    # see lessons/studies
 
 The value of an arm is the mean over its seeds. Whether a claim holds, fails or is inconclusive is
@@ -39,11 +39,19 @@ import torch
 from tqdm import tqdm
 
 from nano_aimv2.config import Config
-from nano_aimv2.data.mixture import largest_source, parse_mixture
+from nano_aimv2.data.mixture import largest_source, open_sources, parse_mixture
 from nano_aimv2.files import remove, write_text
 from nano_aimv2.flags import check_at_least, check_choice, read_flags, run_command
-from nano_aimv2.lab import probe
-from nano_aimv2.lab.claims import METRICS, Claim, Study, difference, judge, table_line
+from nano_aimv2.lab import pixels, probe
+from nano_aimv2.lab.claims import (
+    METRICS,
+    Claim,
+    Study,
+    difference,
+    interval_text,
+    judge,
+    table_line,
+)
 from nano_aimv2.lab.contrastive import CLIP
 from nano_aimv2.lab.heads import Settings
 from nano_aimv2.lab.plots import study_page
@@ -132,6 +140,7 @@ STUDIES = {
         claims=tuple(Claim(text, metric, (("baseline", TUNED),), ((arm, TUNED),))
                      for metric in ("probe", "caption_loss")
                      for arm, (_, text) in ABLATIONS.items())),
+    "pixels": pixels.BY_PRESET["toy"],
 }
 
 
@@ -148,12 +157,32 @@ class Job:
     probed: tuple  # labelled images (to learn from, to test on)
 
 
+def study_of(name, preset):
+    return pixels.BY_PRESET[preset] if name == "pixels" else STUDIES[name]
+
+
+def flags_of(base, changes, seed):
+    """Settings of one run: those all arms share, then those of its arm.
+
+    Two of an arm's settings are not of train.py: `contrastive` makes it the CLIP baseline, and
+    `kinds` are caption kinds of the largest source of the base: seed s reads kind s, modulo their
+    number, and no other.
+    """
+    flags = {**base, **changes, "seed": seed}
+    kinds = flags.pop("kinds", None)
+    if kinds:
+        flags["data"] = f"{largest_source(base['data']).path}:{kinds[seed % len(kinds)]}:1"
+    return flags
+
+
 def jobs_of(study, base, seeds, run_dir, device, probed):
     """Every run of a study. Seeds come outermost: a study that is stopped early has measured all
     arms, with fewer seeds."""
     runs = itertools.product(range(seeds), study.samples, study.arms.items())
     for seed, samples, (arm, changes) in runs:
-        flags = {**base, **changes, "seed": seed, "steps": samples // base["batch_size"]}
+        if arm in study.first_only and samples != study.samples[0]:
+            continue
+        flags = flags_of(base, changes, seed) | {"steps": samples // base["batch_size"]}
         name = f"{arm.replace(', ', '-').replace(' ', '-')}-{samples}-{seed}"
         yield Job(arm, samples, seed, flags, f"{run_dir}/{name}", device, probed)
 
@@ -283,7 +312,10 @@ def caption_loss(model, batches, device):
 
 
 def tables(study, rows):
-    """The results of a study as Markdown: a table of arms, then a table of claims."""
+    """The results of a study as Markdown: a table of arms, then a table of claims; between them
+    those of pixels.py, if its arms come in pairs."""
+    if study.is_paired:
+        rows = [row | pixels.derived(row) for row in rows]
     titles = [METRICS[metric][0] for metric in study.metrics]
     lines = [table_line("arm", "samples", "seeds", *titles, "encoder", "training"),
              "|---" * (5 + len(titles)) + "|"]
@@ -294,16 +326,14 @@ def tables(study, rows):
             seconds = fmean(row["seconds"] for row in mine)
             lines.append(table_line(arm, f"{samples:,}", len(mine), *values,
                                     f"{mine[0]['parameters'] / 1e6:.2f}M", f"{seconds:.0f} s"))
+    if study.is_paired:
+        lines += pixels.gain_tables(study, rows)
     lines += ["", table_line("claim", "in", "difference [95%]", "verdict"), "|---" * 4 + "|"]
     for claim in study.claims:
         found = judge(claim, rows, study.is_paired)
         if found:
-            value, half, verdict = found
-            ends = ", no interval"
-            if half < math.inf:
-                ends = f" [{value - half:+.3f} {value + half:+.3f}]"
             lines.append(table_line(claim.text, claim.metric.replace("_", " "),
-                                    f"{value:+.3f}{ends}", verdict))
+                                    interval_text(*found[:2]), found[2]))
     return "\n".join(lines) + "\n"
 
 
@@ -354,14 +384,16 @@ def main(argv):
     if not (ROOT / "train.py").exists():
         raise ValueError(f"{ROOT} has no train.py, which a study starts: run it from a clone of "
                          "the repository")
-    study, base = STUDIES[options.name[0]], dict(BASES[options.preset])
+    study = study_of(options.name[0], options.preset)
+    base = dict(BASES[options.preset])
     base["data"] = options.data or base["data"]
     if options.samples:
         study = replace(study, samples=parse_samples(options.samples, base["batch_size"]))
     prepare_data(base["data"])
     name, device = f"{options.preset}-{options.name[0]}", choose_device(options.device).type
-    jobs = jobs_of(study, base, options.seeds, f"{options.run_dir}/{name}", device,
-                   PROBED[options.preset])
+    jobs = list(jobs_of(study, base, options.seeds, f"{options.run_dir}/{name}", device,
+                        PROBED[options.preset]))
+    check_kinds({job.flags["data"] for job in jobs} - {base["data"]})
     out = f"{options.out}/{name}"
     try:
         rows = run_jobs(jobs, f"{out}.jsonl", options.jobs)
@@ -386,6 +418,17 @@ def prepare_data(data):
                                f"--val={PROBED['toy'][1]}", "--subsets=true"])  # more to test on
         if done.returncode:
             raise ValueError(f"data/scenes.py could not draw {TOY_SET}: see its message above")
+
+
+def check_kinds(mixtures):
+    """Raise ValueError if a data set lacks captions that an arm reads."""
+    for mixture in sorted(mixtures):
+        try:
+            open_sources(mixture)
+        except ValueError as error:
+            raise ValueError(f"{error}. A set that was made before this study existed lacks its "
+                             "captions: move the folder away and make it again, see "
+                             "lessons/studies/README.md") from error
 
 
 def parse_samples(text, batch_size):
