@@ -1,11 +1,21 @@
 """The study of when pixels pay: what its captions name, its claims, gains and tables."""
 
+import io
 import itertools
+import json
 import math
+import re
+import subprocess
+import sys
+import zipfile
 
 import pytest
+from helpers import ROOT
+from PIL import Image
 
+from data.pack import pack
 from data.scenes import subset_captions
+from nano_aimv2.data.shards import Shards
 from nano_aimv2.lab import claims, pixels, study
 from nano_aimv2.lab.probe import ATTRIBUTES
 
@@ -148,7 +158,7 @@ def test_the_tables_of_a_study_that_is_not_finished_hold_what_there_is():
 def test_a_pair_that_has_rows_is_not_trained_again(tmp_path, monkeypatch):
     path = tmp_path / "toy-pixels.jsonl"
     some = jobs(seeds=2)
-    path.write_text("".join(study.json.dumps(row) + "\n" for row in rows(seeds=2)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(seeds=2)))
     monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_: pytest.fail("nothing is left"))
     assert [row["arm"] for row in study.run_jobs(some, path)] == [job.arm for job in some]
 
@@ -156,3 +166,27 @@ def test_a_pair_that_has_rows_is_not_trained_again(tmp_path, monkeypatch):
 def test_a_set_without_the_captions_of_the_study_is_refused_before_anything_is_trained(scenes):
     with pytest.raises(ValueError, match="none of its 96 samples.*'names_.*make it again"):
         study.main(["pixels", f"--data={scenes}:synthetic:1"])
+
+
+def test_the_commands_of_the_page_give_photographs_all_kinds_of_captions(tmp_path):
+    text = (ROOT / "lessons/studies/README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"(?ms)^python - <<'EOF'\n(.*?)^EOF", text)
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    said = [("an automobile", "A dark photo of an automobile in mostly gray tones."),
+            ("a deer", "A photo of a deer in mostly blue tones.")]
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for i, _ in enumerate(said):
+            archive.writestr(f"images/{i}.png", image.getvalue())
+        archive.writestr("captions.jsonl", "".join(
+            json.dumps({"file": f"images/{i}.png", "captions": list(captions), "label": i}) + "\n"
+            for i, captions in enumerate(said)))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    pack(tmp_path / "photos.zip", tmp_path / "set", tmp_path / "photos.jsonl", val=0.0)
+    shards = Shards(str(tmp_path / "set/train"))
+    found = [shards.metadata(i) for i in range(2)]
+    assert [each["class"] for each in found] == ["A photo of an automobile.", "A photo of a deer."]
+    assert [each["tone"] for each in found] == ["A dark photo in mostly gray tones.",
+                                                "A photo in mostly blue tones."]
+    kinds = {kind for kinds in pixels.PHOTO_CASES.values() for kind in kinds}
+    assert kinds <= {"alt", *found[0]} and shards.alt_text(0) == "an automobile"
