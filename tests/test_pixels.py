@@ -16,7 +16,7 @@ from PIL import Image
 from data.pack import pack
 from data.scenes import subset_captions
 from nano_aimv2.data.shards import Shards
-from nano_aimv2.lab import claims, pixels, study
+from nano_aimv2.lab import claims, pixels, plots, study
 from nano_aimv2.lab.probe import ATTRIBUTES
 
 TOY, PHOTOS = pixels.BY_PRESET["toy"], pixels.BY_PRESET["photos"]
@@ -153,6 +153,43 @@ def test_the_tables_of_a_study_that_is_not_finished_hold_what_there_is():
     photos = study.tables(PHOTOS, rows("photos", 7, lambda job, _: 0.02 + 0.001 * job.seed))
     assert "| tone only | 0.4 | 20,000 | +2.3 [+2.1 +2.5] |" in photos
     assert "where it is named" not in photos
+
+
+def test_the_figure_shows_the_gains_that_there_are_with_their_intervals(tmp_path):
+    def gain(job, attribute):
+        return 0.02 + 0.001 * (job.seed // 4)
+
+    panels = pixels.gain_panels({"toy": rows(gain=gain), "photos": rows("photos", 7, gain)})
+    (toy, by_attribute, photos) = (series for _, series in panels.values())
+    assert list(toy["alpha 0.4, 20,000 samples"]) == list("01234")
+    assert list(toy["alpha 1.6, 20,000 samples"]) == list("024")
+    assert list(toy["alpha 0.4, 60,000 samples"]) == list("04")
+    assert toy["alpha 0.4, 20,000 samples"]["0"][0] == pytest.approx(2.05)
+    assert list(by_attribute) == ["not named", "named"] and list(by_attribute["named"]) == list(
+        ATTRIBUTES)
+    assert len(photos["alpha 0.4"]) == 4
+    figure = plots.gain_page(panels, tmp_path / "pixels.png")
+    assert len(figure.axes) == 3 and (tmp_path / "pixels.png").exists()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("01234")
+
+
+@pytest.mark.parametrize("toy", [[], rows(seeds=1), rows(seeds=1)[:3], rows(seeds=5)[:40]])
+def test_the_figure_of_a_study_that_is_not_finished_is_drawn(tmp_path, toy):
+    panels = pixels.gain_panels({"toy": toy, "photos": []})
+    assert len(plots.gain_page(panels, tmp_path / "pixels.png").axes) == 3
+
+
+def test_the_command_writes_one_figure_for_both_presets(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "prepare_data", lambda _: None)
+    monkeypatch.setattr(study, "check_kinds", lambda _: None)
+    for preset in ("toy", "photos"):
+        found = rows(preset, 2)
+        (tmp_path / f"{preset}-pixels.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in found))
+        study.main(["pixels", f"--preset={preset}", "--seeds=2", f"--out={tmp_path}"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"pixels.png", "toy-pixels.jsonl", "toy-pixels.md", "photos-pixels.jsonl",
+                     "photos-pixels.md"}
 
 
 def test_a_pair_that_has_rows_is_not_trained_again(tmp_path, monkeypatch):

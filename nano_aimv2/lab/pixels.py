@@ -175,6 +175,30 @@ def attribute_gains(rows, attribute, samples):
     return [weighted(cells, weights) for weights in (others, named, both)]
 
 
+def gain_panels(rows):
+    """What `plots.gain_page` draws. Args: rows: {preset: rows, some or none}."""
+    toy, photos = ({key: (100 * value, 100 * half)
+                    for key, (value, half) in gains(BY_PRESET[preset], rows[preset]).items()}
+                   for preset in BY_PRESET)
+    budgets = {f"alpha {alpha:g}, {samples:,} samples": {
+        case.split()[0]: found for (case, *other), found in toy.items()
+        if other == [alpha, samples]} for alpha, samples in (
+            (ALPHA, SHORT), (STRONG, SHORT), (ALPHA, LONG))}
+    parts = defaultdict(dict)
+    for attribute in ATTRIBUTES:
+        found = attribute_gains(rows["toy"], attribute, SHORT) or ()
+        for part, (value, half) in zip(("not named", "named"), found, strict=False):
+            parts[part][attribute] = 100 * value, 100 * half
+    return {
+        "Toy scenes": ("attributes named in the captions, of 4",
+                       {name: found for name, found in budgets.items() if found}),
+        f"Toy scenes, alpha {ALPHA}, 1 to 3 named": ("attribute that the probe asks for", parts),
+        "Photographs, probe of the class": (
+            "what the captions name",
+            {f"alpha {ALPHA}": {case.replace(" ", "\n", 1): found
+                               for (case, *_), found in photos.items()}} if photos else {})}
+
+
 def gain_tables(study, rows):
     """Lines of Markdown, in points: the gain of every pair of arms, then of every attribute."""
     lines = ["", table_line("captions", "alpha", "samples", "gain from pixels, points [95%]"),

@@ -10,7 +10,7 @@ which metric). Every arm is trained with every number of samples and every seed,
 
 Each measured run is a row of OUT/PRESET-NAME.jsonl, and a run that has a row is not trained again:
 an interrupted study resumes, and more --seeds add runs. Without anything left to train, only the
-table and the figure are made again.
+table and the figure are made again. The study `pixels` has its arms and claims in pixels.py.
 
     python -m nano_aimv2.lab.study objective       # or another one; draws the toy set first
     python -m nano_aimv2.lab.study objective --preset=photos --jobs=2    # see lessons/studies
@@ -54,7 +54,7 @@ from nano_aimv2.lab.claims import (
 )
 from nano_aimv2.lab.contrastive import CLIP
 from nano_aimv2.lab.heads import Settings
-from nano_aimv2.lab.plots import study_page
+from nano_aimv2.lab.plots import gain_page, study_page
 from nano_aimv2.lab.sizes import whole_numbers
 from nano_aimv2.model import AIMv2
 from nano_aimv2.training import metrics
@@ -401,8 +401,14 @@ def main(argv):
         raise ValueError(error) from error
     text = tables(study, rows)
     write_text(f"{out}.md", text)
-    draw(study, rows, f"{out}.png")
-    print(f"{text}written: {out}.jsonl, {out}.md, {out}.png")
+    figure = f"{out}.png"
+    if study.is_paired:  # one figure of both presets, from all rows that there are
+        figure = f"{options.out}/{options.name[0]}.png"
+        found = {p: read_rows(Path(f"{options.out}/{p}-{options.name[0]}.jsonl")) for p in BASES}
+        gain_page(pixels.gain_panels(found), figure)
+    else:
+        draw(study, rows, figure)
+    print(f"{text}written: {out}.jsonl, {out}.md, {figure}")
 
 
 def prepare_data(data):
