@@ -11,6 +11,7 @@ of a caption file has
     caption     its alt-text; or `captions`, a list: first the alt-text, then synthetic captions
     synthetic   optional: longer captions, a list (in a csv: with | between); a string is one
     label       optional: a class number, and `label_name`, for probes
+    (others)    optional: any other text is a caption of a kind of that name
 
 Whether an image goes into train/ or val/ depends only on a hash of its file name, so it stays there
 when images are added. Images that cannot be read or have no caption, and rows that are not as
@@ -49,6 +50,8 @@ NAMED = 100  # skipped images that the manifest names
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 # Pillow's format: the extension in the shard. Other formats are packed as JPEG.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# What a row says about its image. "objects" marks a toy scene and is left out.
+FIELDS = {"file", "caption", "captions", "synthetic", "label", "label_name", "objects"}
 MOST_LINES = 50  # of one row of a csv
 IN_FLIGHT = 1024, 2**28  # images and bytes that are in memory at a time
 
@@ -85,7 +88,7 @@ class Sample:
 
     name: str
     image: bytes
-    fields: dict  # caption, synthetic, label, label_name
+    fields: dict  # caption, synthetic, label, label_name, other kinds of captions
     extension: str = ""
     error: str = ""  # why the image cannot be packed
 
@@ -251,6 +254,8 @@ def check_row(row):
     alt_text, *longer = texts
     fields = {"synthetic": [text for text in longer if text], "label": label,
               "label_name": label_name}
+    fields |= {key: clean_text(value) for key, value in row.items()
+               if key not in FIELDS and clean_text(key) and clean_text(value)}
     return row["file"].removeprefix("./"), {
         "caption": alt_text, **{k: v for k, v in fields.items() if v not in (None, "")}}
 

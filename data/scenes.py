@@ -8,6 +8,17 @@ everything in it, like those of a captioning model, and the same facts in anothe
     synthetic   "top left a large red star, bottom right a small blue ring"
     terse       "star: red, large, top left; ring: blue, small, bottom right"
 
+With `--subsets=true` a scene also has one caption for each of the 16 subsets of place, size, colour
+and shape, which names these and nothing else. Its kind lists them, in this order:
+
+    names_place_colour              "top left a red object, bottom right a blue object"
+    names_shape                     "a ring, a star"
+    names_none                      "two objects"
+    names_place_size_colour_shape   the synthetic caption
+
+Without places the objects come in alphabetical order, since reading order would tell where they
+are.
+
 Eight of the 64 shape-colour pairs are *novel*: they never occur in `train` and `val`, and every
 scene of the split `novel` has one of them. A model that names them has composed, not remembered.
 
@@ -19,12 +30,13 @@ sizes and shapes. The words keep their meaning: a place is a quarter of the imag
 """
 
 import io
+import itertools
 import math
 import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +55,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moo
 SIZES = {"small": (0.125, 0.145), "large": (0.20, 0.225)}  # radius, as a fraction of the short side
 PLACES = {"top left": (0.25, 0.25), "top right": (0.75, 0.25),
           "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}  # (x, y) of the centre
+ATTRIBUTES = ("place", "size", "colour", "shape")  # of an object, in this order
 SPLITS = ("train", "val", "novel")
 # Each shape once, each colour once
 NOVEL_PAIRS = tuple((shape, list(COLOURS)[(3 * i + 1) % 8]) for i, shape in enumerate(SHAPES))
@@ -64,6 +77,7 @@ class Options:
     size: int = 48  # pixels per side
     seed: int = 0  # random seed
     aspect: float = 1.0  # above 1: mixed sizes, width / height from 1 / aspect to aspect
+    subsets: bool = False  # also a caption for each subset of the attributes
 
     def __post_init__(self):
         check_at_least(self, train=0, val=0, novel=0, size=1, seed=0, aspect=1)
@@ -157,6 +171,28 @@ def terse_caption(objects):
                      for place, size, colour, shape in objects)
 
 
+def subset_caption(objects, named):
+    """A caption of the attributes in `named` and nothing else: 'top left a red object, ..'."""
+    if not named:
+        return ("one object", "two objects", "three objects")[len(objects) - 1]
+    phrases = []
+    for values in objects:
+        words = {a: word for a, word in zip(ATTRIBUTES, values, strict=True) if a in named}
+        place, noun = words.pop("place", ""), words.pop("shape", "object")
+        thing = " ".join([*words.values(), noun])
+        article = "an" if thing[0] in "aeiou" else "a"
+        phrases.append(f"{place} {article} {thing}".strip())
+    return ", ".join(phrases if "place" in named else sorted(phrases))
+
+
+def subset_captions(objects):
+    """{caption kind: caption} of all 16 subsets of ATTRIBUTES."""
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(ATTRIBUTES, count) for count in range(len(ATTRIBUTES) + 1))
+    return {f"names_{'_'.join(named) or 'none'}": subset_caption(objects, named)
+            for named in subsets}
+
+
 def alt_text(objects, rng):
     """A caption like those on the web: a word or two about one object, a file name, or nothing
     useful."""
@@ -192,16 +228,22 @@ def make_scene(split, index, size=48, seed=0, aspect=1.0):
     return pixels, alt_text(objects, rng), dense_caption(objects), objects
 
 
-def encoded_scene(address):
-    """(split, index, size, seed, aspect) -> (key, PNG bytes, alt-text, metadata)."""
+def encoded_scene(address, subsets=False):
+    """(split, index, size, seed, aspect) -> (key, PNG bytes, alt-text, metadata).
+
+    Args: subsets: whether the metadata has the captions of `subset_captions` too.
+    """
     pixels, alt, dense, objects = make_scene(*address)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     metadata = {"synthetic": [dense], "terse": terse_caption(objects), "objects": objects}
+    if subsets:
+        metadata |= subset_captions(objects)
     return f"{address[0]}_{address[1]:06d}", file.getvalue(), alt, metadata
 
 
-def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1.0):
+def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1.0,
+                subsets=False):
     """Write the three splits as shards into the new folder `out`.
 
     A run that fails or is interrupted leaves nothing under the name `out`.
@@ -219,7 +261,8 @@ def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1
         for split, count in counts.items():
             with ShardWriter(temporary / split) as writer:
                 addresses = ((split, i, size, seed, aspect) for i in range(count))
-                for scene in pool.imap(encoded_scene, addresses, chunksize=64):
+                encode = partial(encoded_scene, subsets=subsets)
+                for scene in pool.imap(encode, addresses, chunksize=64):
                     key, image, alt, metadata = scene
                     writer.write(key, image, "png", alt, metadata)
                     bar.update()

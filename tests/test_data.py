@@ -17,7 +17,20 @@ from helpers import full_disk, png, simple_shards, tiny_config, write_tar
 from PIL import Image
 
 import train
-from data.scenes import NOVEL_PAIRS, SETS, draw_objects, make_scene, make_scenes
+from data.scenes import (
+    ATTRIBUTES,
+    COLOURS,
+    NOVEL_PAIRS,
+    PLACES,
+    SETS,
+    SHAPES,
+    SIZES,
+    draw_objects,
+    encoded_scene,
+    make_scene,
+    make_scenes,
+    subset_captions,
+)
 from nano_aimv2.config import PRESETS, Config
 from nano_aimv2.data import batches
 from nano_aimv2.data.batches import (
@@ -501,6 +514,36 @@ def test_the_toy_shards_hold_all_splits_with_both_captions(scenes):
         found = Shards(str(scenes / split))
         assert len(found) == count and found.alt_text(0)
         assert found.metadata(0)["synthetic"][0].count(" a ") >= 1
+
+
+def test_each_subset_of_the_attributes_has_a_caption_that_names_these_and_no_others():
+    words = dict(zip(ATTRIBUTES, (PLACES, SIZES, COLOURS, SHAPES), strict=True))
+    for i in range(40):
+        *_, dense, objects = make_scene("train", i)
+        found = subset_captions(objects)
+        assert len(found) == 16 and found["names_place_size_colour_shape"] == dense
+        assert found["names_none"].split()[0] == ("one", "two", "three")[len(objects) - 1]
+        for kind, text in found.items():
+            named = [a for a in ATTRIBUTES if a in kind.split("_")]
+            assert kind == f"names_{'_'.join(named) or 'none'}"
+            for attribute, known in words.items():
+                said = sorted(word for part in text.split(", ") for word in known if word in part)
+                true = sorted(each[ATTRIBUTES.index(attribute)] for each in objects)
+                assert said == (true if attribute in named else []), (kind, text)
+            if named and "place" not in named:
+                assert text == ", ".join(sorted(text.split(", "))), "the order tells no place"
+
+
+def test_the_captions_of_subsets_change_nothing_else_in_a_scene(tmp_path):
+    address = ("val", 5, 20, 0, 1.0)
+    *plain, before = encoded_scene(address)
+    *more, after = encoded_scene(address, subsets=True)
+    assert plain == more and list(before) == ["synthetic", "terse", "objects"]
+    assert list(after.items())[:3] == list(before.items()) and len(after) == 3 + 16
+    make_scenes(tmp_path / "set", train=3, val=1, novel=1, size=20, subsets=True)
+    shards = Shards(str(tmp_path / "set/train"))
+    kinds = subset_captions([("top left", "large", "red", "ring")])
+    assert all(shards.index.count(kind) == 3 for kind in kinds)
 
 
 def test_a_set_that_cannot_be_drawn_whole_leaves_nothing(tmp_path):

@@ -21,7 +21,8 @@ ROOMS = {
               "patch_sampler model native_res generate hub",
     "data": "tokenizer images tar_index shards mixture batches",
     "training": "optim distributed metrics checkpoint init evaluate",
-    "lab": "plots budget drawn heads encode probe contrastive search sizes study bench doctor",
+    "lab": "plots budget drawn heads encode probe contrastive search sizes claims pixels study "
+           "bench doctor",
 }
 LAB_OF_SCRIPTS = {"train": {"nano_aimv2.lab.plots", "nano_aimv2.lab.budget", "data.scenes"},
                   "sample": {"nano_aimv2.lab.plots"}}
@@ -139,7 +140,7 @@ def test_the_house_stays_small():
     core += [*(PACKAGE / "data").glob("*.py"), *(PACKAGE / "training").glob("*.py")]
     found = {"method": num_lines(method), "core": num_lines(core),
              "lab": num_lines((PACKAGE / "lab").glob("*.py")), "train.py": num_lines(SCRIPTS[:1])}
-    limits = {"method": 2020, "core": 5040, "lab": 3550, "train.py": 200}
+    limits = {"method": 2020, "core": 5040, "lab": 3930, "train.py": 200}
     assert all(found[part] <= limits[part] for part in limits), f"{found} lines, at most {limits}"
 
 

@@ -100,6 +100,12 @@ def test_json_that_is_no_row_is_counted(row):
     assert (rows, found) == (1, {}) and skipped == [("captions.jsonl line 1", "unreadable row")]
 
 
+def test_any_other_text_of_a_row_is_a_kind_of_captions():
+    _, fields = check_row({"file": "a.jpg", "caption": "x", "tone": " dark ", "n": 7, "empty": "",
+                           "half": "\ud800", "\ud800": "half", "list": ["x"], "objects": "a cat"})
+    assert fields == {"caption": "x", "synthetic": [], "tone": "dark"}
+
+
 def test_a_numeric_label_name_becomes_text():
     _, fields = check_row({"file": "a.jpg", "caption": "x", "label": "3", "label_name": 7})
     assert fields["label"] == 3 and fields["label_name"] == "7"

@@ -9,8 +9,8 @@ import torch
 from helpers import TINY, random_batch, tiny_config
 
 from nano_aimv2.config import Config
-from nano_aimv2.lab import study
-from nano_aimv2.lab.study import Claim, Study
+from nano_aimv2.lab import claims, study
+from nano_aimv2.lab.claims import Claim, Study
 from nano_aimv2.model import AIMv2
 
 
@@ -26,31 +26,73 @@ def rows(metric="probe", **cells):
 
 
 def test_every_arm_builds_a_config_and_every_claim_speaks_of_measured_cells():
-    for name, found in study.STUDIES.items():
-        for base, changes in itertools.product(study.BASES.values(), found.arms.values()):
-            Config(**{**base, **{k: v for k, v in changes.items() if k != "contrastive"}})
-        cells = {(arm, samples) for arm in found.arms for samples in found.samples}
+    for name, preset in itertools.product(study.STUDIES, study.BASES):
+        found = study.study_of(name, preset)
+        jobs = list(study.jobs_of(found, study.BASES[preset], 1, "runs", "cpu", ()))
+        for job in jobs:
+            Config(**{k: v for k, v in job.flags.items() if k != "contrastive"})
+        cells = {(job.arm, job.samples) for job in jobs}
+        assert {arm for arm, _ in cells} == set(found.arms)
         for claim in found.claims:
             assert {*claim.better, *claim.worse} <= cells, (name, claim.text)
-            assert claim.metric in study.METRICS
+            assert claim.metric in claims.METRICS
             assert len(claim.better) == len(claim.worse)
 
 
 def test_an_interval_is_students_t_with_the_spread_pooled_over_arms():
-    cells = study.cells_of(rows(a=[1.0, 3.0], b=[4.0, 4.0, 7.0]), "probe")
-    value, half = study.contrast(cells, [("b", 100)], [("a", 100)])
+    cells = claims.cells_of(rows(a=[1.0, 3.0], b=[4.0, 4.0, 7.0]), "probe")
+    value, half = claims.contrast(cells, [("b", 100)], [("a", 100)])
     variance = (2.0 + 6.0) / 3  # squares about each mean, by 1 + 2 degrees of freedom
     assert value == pytest.approx(3.0)
     assert half == pytest.approx(3.182 * math.sqrt(variance * (1 / 2 + 1 / 3)))
 
 
 def test_sample_counts_with_their_own_spread_take_satterthwaites_degrees_of_freedom():
-    cells = study.cells_of(rows(a=[1.0, 3.0], a_200=[5.0, 5.5], b_200=[2.0, 2.5]), "probe")
-    value, half = study.contrast(cells, [("a", 200)], [("a", 100)])
+    cells = claims.cells_of(rows(a=[1.0, 3.0], a_200=[5.0, 5.5], b_200=[2.0, 2.5]), "probe")
+    value, half = claims.contrast(cells, [("a", 200)], [("a", 100)])
     small, large = 2.0 / 2, (0.125 + 0.125) / 2 / 2  # variances of the two means
     freedom = int((small + large) ** 2 / (small**2 / 1 + large**2 / 2))
     assert value == pytest.approx(3.25) and freedom == 1
-    assert half == pytest.approx(study.STUDENT[freedom - 1] * math.sqrt(small + large))
+    assert half == pytest.approx(claims.STUDENT[freedom - 1] * math.sqrt(small + large))
+
+
+def test_degrees_of_freedom_are_rounded_before_they_are_floored():
+    assert claims.student(6.9999999) == claims.student(7.0) == claims.STUDENT[6] == 2.365
+    assert claims.student(6.9) == claims.student(6) == 2.447
+    assert claims.student(1) == 12.706 and claims.student(250.3) == claims.student(30) == 2.042
+
+
+def runs(**cells):
+    """Like `rows`; seeds 0, 2, 4, .. read captions of one kind, the others of another."""
+    return [row | {"flags": {"data": f"set:{'even' if row['seed'] % 2 == 0 else 'odd'}:1"}}
+            for row in rows(**cells)]
+
+
+def test_a_paired_difference_has_the_spread_of_the_differences_alone():
+    a, b = [0.5, 0.7, 0.6], [0.51, 0.73, 0.62]  # seeds move both arms alike
+    same = [row | {"flags": {"data": "set:alt:1"}} for row in rows(a=a, b=b, c=[0.1, 0.9, 0.3])]
+    value, half = claims.paired(same, "probe", [("b", 100)], [("a", 100)])
+    assert value == pytest.approx(0.02)
+    assert half == pytest.approx(4.303 * 0.01 / math.sqrt(3))  # 0.01, 0.03, 0.02: two degrees
+    assert claims.contrast(claims.cells_of(same, "probe"), [("b", 100)], [("a", 100)])[1] > 0.2
+    assert claims.paired(same[:2] + same[5:], "probe", [("b", 100)], [("a", 100)]) is None
+
+
+def test_seeds_that_read_other_captions_are_not_replicates():
+    found = runs(a=[0.0] * 5, b=[0.10, 0.30, 0.12, 0.34, 0.14])
+    value, half = claims.paired(found, "probe", [("b", 100)], [("a", 100)])
+    assert value == pytest.approx((0.12 + 0.32) / 2), "each kind of captions counts alike"
+    variance = (0.02**2 * 2 + 0.02**2 * 2) / 3  # two degrees within even, one within odd
+    assert half == pytest.approx(3.182 * math.sqrt(variance * (1 / 3 + 1 / 2) / 4))
+    assert claims.paired(found[:2] + found[5:7], "probe", [("b", 100)], [("a", 100)])[1] == math.inf
+
+
+def test_a_cell_that_is_named_twice_counts_twice_and_a_claim_is_divided_by_per():
+    same = [row | {"flags": {"data": "set:alt:1"}} for row in rows(a=[1.0, 2.0], b=[5.0, 8.0])]
+    claim = Claim("", "probe", (("b", 100), ("b", 100)), (("a", 100), ("a", 100)), per=4)
+    value, half, _ = claims.judge(claim, same, is_paired=True)
+    assert value == pytest.approx((4 + 6) / 2 / 2)
+    assert half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2) / 2)
 
 
 @pytest.mark.parametrize("metric, a, b, verdict", [
@@ -62,8 +104,8 @@ def test_sample_counts_with_their_own_spread_take_satterthwaites_degrees_of_free
 ])
 def test_a_verdict_needs_an_interval_without_zero(metric, a, b, verdict):
     claim = Claim("a beats b", metric, (("a", 100),), (("b", 100),))
-    assert study.judge(claim, rows(metric, a=a, b=b))[2] == verdict
-    assert study.judge(claim, rows(metric, a=a)) is None
+    assert claims.judge(claim, rows(metric, a=a, b=b))[2] == verdict
+    assert claims.judge(claim, rows(metric, a=a)) is None
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +149,7 @@ def test_a_study_trains_each_arm_once_and_resumes(small_study, tmp_path, monkeyp
     assert len(found_again) == 5
     assert len(study.metrics.read_metrics(path)) == 5, "the cut row spoils none that follow"
     text = study.tables(found, first)
-    assert "| both | 24 | 1 |" in text and "one seed | inconclusive" in text
+    assert "| both | 24 | 1 |" in text and "no interval | inconclusive" in text
 
 
 @pytest.mark.slow
@@ -149,7 +191,7 @@ def test_the_command_writes_table_and_figure_and_ends_a_failed_run_in_one_line(
     (["objective", "--samples=20000,31"], "31 samples are not one step of 32"),
     (["objective", "--seeds=0"], "seeds=0 must be at least 1"),
     (["objective", "--data=nowhere:alt:1"], "nowhere does not exist: pack labelled images"),
-    ([], "name one study: scaling, objective, ablations"),
+    ([], "name one study: scaling, objective, ablations, pixels"),
     (["objectiv"], r"must be one of .* \(did you mean objective\?\)"),
     (["scaling", "--preset=large"], "preset='large' must be one of toy, photos"),
 ])
@@ -164,7 +206,7 @@ def test_the_toy_set_of_the_studies_is_drawn_where_it_is_missing(tmp_path, monke
     monkeypatch.setattr(study.subprocess, "run", lambda words: started.append(words) or result)
     started, result = [], study.subprocess.CompletedProcess([], 0)
     study.prepare_data(f"{study.TOY_SET}:alt:1")
-    assert started[0][2:] == ["--out=data/scenes_study", "--val=30"]
+    assert started[0][2:] == ["--out=data/scenes_study", "--val=30", "--subsets=true"]
     result.returncode = 1
     with pytest.raises(ValueError, match="could not draw data/scenes_study"):
         study.prepare_data(study.BASES["toy"]["data"])
@@ -186,12 +228,12 @@ def test_caption_loss_is_of_images_seen_whole():
 def test_the_committed_tables_follow_from_the_rows_and_the_rows_belong_to_the_studies():
     folder = study.ROOT / "lessons/studies"
     tables = sorted(path for path in folder.glob("*.md") if path.stem != "README")
-    assert len(tables) == 5
+    assert len(tables) >= 5
     for path in tables:
         preset, name = path.stem.split("-")
         found = study.metrics.read_metrics(path.with_suffix(".jsonl"))
-        text = path.read_text(encoding="utf-8")
-        assert study.tables(study.STUDIES[name], found) == text, path
-        jobs = study.jobs_of(study.STUDIES[name], study.BASES[preset], 3, "runs", "cpu", ())
+        text, arms = path.read_text(encoding="utf-8"), study.study_of(name, preset)
+        assert study.tables(arms, found) == text, path
+        jobs = study.jobs_of(arms, study.BASES[preset], 8, "runs", "cpu", ())
         keys = {study.run_key(**vars(job)) for job in jobs}
         assert {study.run_key(**row) for row in found} <= keys, f"{path}: would be trained again"

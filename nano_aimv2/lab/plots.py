@@ -447,3 +447,33 @@ def arm_curves(axis, arms, counts, values, flops):
     if not flops:
         axis.set_xticks(counts, [f"{count:,}" for count in counts])
         axis.minorticks_off()
+
+
+def gain_page(panels, path):
+    """What pixels bring to the probe, over what the captions name.
+
+    Args: panels: {title: (label of the x axis, {series: {label on the x axis: (gain, half its
+        interval)}})}, in points, at most three series. A gain without an interval is hollow.
+    """
+    with new_figure(path, 3.6) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (title, (xlabel, series)) in zip(axes, panels.items(), strict=True):
+            labels = list(dict.fromkeys(label for found in series.values() for label in found))
+            for i, (name, found) in enumerate(series.items()):
+                colour = (BLUE, ORANGE, GREEN)[i]
+                shift = 0.16 * (i - (len(series) - 1) / 2)
+                for label, (gain, half) in found.items():
+                    known = math.isfinite(half)
+                    axis.errorbar(labels.index(label) + shift, gain, yerr=half if known else 0,
+                                  fmt="o", ms=5, capsize=3, color=colour,
+                                  mfc=colour if known else "none")
+                axis.plot([], [], "o", ms=5, color=colour, label=name)
+            axis.axhline(0, color="black", lw=0.8)
+            axis.set(title=title, xlabel=xlabel, xlim=(-0.5, max(len(labels), 1) - 0.5))
+            axis.set_xticks(range(len(labels)), labels)
+            if series:
+                axis.legend(loc="best", fontsize=7.5)
+        axes[0].set_ylabel("gain from pixels, points of top-1")
+        figure.suptitle("Probe with the image loss minus without it: mean over seeds, 95% interval",
+                        fontsize=10)
+    return figure

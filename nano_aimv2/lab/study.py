@@ -10,14 +10,13 @@ which metric). Every arm is trained with every number of samples and every seed,
 
 Each measured run is a row of OUT/PRESET-NAME.jsonl, and a run that has a row is not trained again:
 an interrupted study resumes, and more --seeds add runs. Without anything left to train, only the
-table and the figure are made again.
+table and the figure are made again. The study `pixels` has its arms and claims in pixels.py.
 
-    python -m nano_aimv2.lab.study objective       # or scaling, ablations; draws the toy set first
+    python -m nano_aimv2.lab.study objective       # or another one; draws the toy set first
     python -m nano_aimv2.lab.study objective --preset=photos --jobs=2    # see lessons/studies
 
-The value of an arm is the mean over its seeds. The variance between seeds is pooled over all arms
-with the same number of samples. A claim *holds* or *fails* if the 95% interval (Student's t) of the
-difference does not contain 0; otherwise it is *inconclusive*.
+The value of an arm is the mean over its seeds. Whether a claim holds, fails or is inconclusive is
+decided by claims.py.
 
 Source: paper figures 2 and 4, tables 9a to 9f. Lesson: 12, with the results.
 """
@@ -29,7 +28,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,13 +39,22 @@ import torch
 from tqdm import tqdm
 
 from nano_aimv2.config import Config
-from nano_aimv2.data.mixture import largest_source, parse_mixture
+from nano_aimv2.data.mixture import largest_source, open_sources, parse_mixture
 from nano_aimv2.files import remove, write_text
 from nano_aimv2.flags import check_at_least, check_choice, read_flags, run_command
-from nano_aimv2.lab import probe
+from nano_aimv2.lab import pixels, probe
+from nano_aimv2.lab.claims import (
+    METRICS,
+    Claim,
+    Study,
+    difference,
+    interval_text,
+    judge,
+    table_line,
+)
 from nano_aimv2.lab.contrastive import CLIP
 from nano_aimv2.lab.heads import Settings
-from nano_aimv2.lab.plots import study_page
+from nano_aimv2.lab.plots import gain_page, study_page
 from nano_aimv2.lab.sizes import whole_numbers
 from nano_aimv2.model import AIMv2
 from nano_aimv2.training import metrics
@@ -57,14 +64,6 @@ from nano_aimv2.training.evaluate import Evaluation, held_out_sources
 
 ROOT = Path(__file__).parents[2]  # the clone, with train.py in it
 read_labelled = cache(probe.read_labelled)  # once per process: all runs of a study share the images
-# 97.5% points of Student's t for 1 .. 30 degrees of freedom; the last one serves for more
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-           2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-           2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-UP, DOWN = 1, -1
-METRICS = {"probe": ("top-1 of the attentive probe", UP),
-           "caption_loss": ("caption loss, nats per token", DOWN),
-           "image_loss": ("image loss, normalised patches", DOWN)}
 
 # What all arms share. Small: all studies of one preset take an hour or two on two CPU cores.
 SMALL = dict(embed_dim=96, num_blocks=3, num_heads=3, decoder_dim=96, decoder_blocks=2,
@@ -78,25 +77,6 @@ BASES = {
 }
 PROBED = {"toy": (2000, 6000), "photos": (4000, 6000)}  # at most: labelled images to learn, to test
 MEASURED = 1000  # held-out images for the two losses
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Some cells, (arm, samples), are better in `metric` than others: sum against sum."""
-
-    text: str
-    metric: str
-    better: tuple
-    worse: tuple
-
-
-@dataclass(frozen=True)
-class Study:
-    arms: dict  # {name: settings that differ; "contrastive": True is the CLIP baseline}
-    samples: tuple  # how many samples a run sees, epochs included
-    claims: tuple
-    metrics: tuple = ("probe", "caption_loss")
-    against_flops: bool = False  # what the figure is drawn over; False: samples
 
 
 def at_each(samples, text, metric, better, worse):
@@ -160,6 +140,7 @@ STUDIES = {
         claims=tuple(Claim(text, metric, (("baseline", TUNED),), ((arm, TUNED),))
                      for metric in ("probe", "caption_loss")
                      for arm, (_, text) in ABLATIONS.items())),
+    "pixels": pixels.BY_PRESET["toy"],
 }
 
 
@@ -176,12 +157,32 @@ class Job:
     probed: tuple  # labelled images (to learn from, to test on)
 
 
+def study_of(name, preset):
+    return pixels.BY_PRESET[preset] if name == "pixels" else STUDIES[name]
+
+
+def flags_of(base, changes, seed):
+    """Settings of one run: those all arms share, then those of its arm.
+
+    Two of an arm's settings are not of train.py: `contrastive` makes it the CLIP baseline, and
+    `kinds` are caption kinds of the largest source of the base: seed s reads kind s, modulo their
+    number, and no other.
+    """
+    flags = {**base, **changes, "seed": seed}
+    kinds = flags.pop("kinds", None)
+    if kinds:
+        flags["data"] = f"{largest_source(base['data']).path}:{kinds[seed % len(kinds)]}:1"
+    return flags
+
+
 def jobs_of(study, base, seeds, run_dir, device, probed):
     """Every run of a study. Seeds come outermost: a study that is stopped early has measured all
     arms, with fewer seeds."""
     runs = itertools.product(range(seeds), study.samples, study.arms.items())
     for seed, samples, (arm, changes) in runs:
-        flags = {**base, **changes, "seed": seed, "steps": samples // base["batch_size"]}
+        if arm in study.first_only and samples != study.samples[0]:
+            continue
+        flags = flags_of(base, changes, seed) | {"steps": samples // base["batch_size"]}
         name = f"{arm.replace(', ', '-').replace(' ', '-')}-{samples}-{seed}"
         yield Job(arm, samples, seed, flags, f"{run_dir}/{name}", device, probed)
 
@@ -310,88 +311,38 @@ def caption_loss(model, batches, device):
                for batch in batches)
 
 
-def cells_of(rows, metric):
-    """{(arm, samples): [one value per seed]} of a metric, from the rows that have it."""
-    cells = defaultdict(list)
-    for row in rows:
-        if metric in row:
-            cells[row["arm"], row["samples"]].append(row[metric])
-    return cells
-
-
-def seed_variance(cells):
-    """{samples: (variance between seeds, degrees of freedom)}, pooled over the arms."""
-    squares, freedom = defaultdict(float), defaultdict(int)
-    for (_, samples), values in cells.items():
-        mean = fmean(values)
-        squares[samples] += sum((value - mean) ** 2 for value in values)
-        freedom[samples] += len(values) - 1
-    return {samples: (squares[samples] / free if free else math.inf, free)
-            for samples, free in freedom.items()}
-
-
-def contrast(cells, plus, minus):
-    """Sum of the means of cells `plus` minus that of cells `minus`: (difference, half interval).
-
-    Half the 95% interval is infinite with one seed. If the cells differ in their number of samples,
-    which have a variance each, the degrees of freedom are Satterthwaite's.
-    """
-    pooled, parts = seed_variance(cells), defaultdict(float)
-    for cell in (*plus, *minus):
-        parts[cell[1]] += pooled[cell[1]][0] / len(cells[cell])
-    value = sum(fmean(cells[cell]) for cell in plus) - sum(fmean(cells[cell]) for cell in minus)
-    variance = sum(parts.values())
-    if not 0 < variance < math.inf:
-        return value, variance  # all seeds give the same value, or there is only one
-    freedom = variance**2 / sum(part**2 / pooled[samples][1] for samples, part in parts.items())
-    return value, STUDENT[min(int(freedom), len(STUDENT)) - 1] * variance**0.5
-
-
-def judge(claim, rows):
-    """(difference in favour of the claim, half interval, verdict); None if an arm is missing."""
-    cells = cells_of(rows, claim.metric)
-    if not all(cell in cells for cell in (*claim.better, *claim.worse)):
-        return None
-    value, half = contrast(cells, claim.better, claim.worse)
-    value *= METRICS[claim.metric][1]
-    return value, half, "holds" if value > half else "fails" if value < -half else "inconclusive"
-
-
 def tables(study, rows):
-    """The results of a study as Markdown: a table of arms, then a table of claims."""
+    """The results of a study as Markdown: a table of arms, then a table of claims; between them
+    those of pixels.py, if its arms come in pairs."""
+    if study.is_paired:
+        rows = [row | pixels.derived(row) for row in rows]
     titles = [METRICS[metric][0] for metric in study.metrics]
     lines = [table_line("arm", "samples", "seeds", *titles, "encoder", "training"),
              "|---" * (5 + len(titles)) + "|"]
-    by_metric = [cells_of(rows, metric) for metric in study.metrics]
     for samples, arm in itertools.product(study.samples, study.arms):
         mine = [row for row in rows if (row["arm"], row["samples"]) == (arm, samples)]
         if mine:
-            values = [cell_text(cells, arm, samples) for cells in by_metric]
+            values = [cell_text(study, rows, metric, (arm, samples)) for metric in study.metrics]
             seconds = fmean(row["seconds"] for row in mine)
             lines.append(table_line(arm, f"{samples:,}", len(mine), *values,
                                     f"{mine[0]['parameters'] / 1e6:.2f}M", f"{seconds:.0f} s"))
+    if study.is_paired:
+        lines += pixels.gain_tables(study, rows)
     lines += ["", table_line("claim", "in", "difference [95%]", "verdict"), "|---" * 4 + "|"]
     for claim in study.claims:
-        found = judge(claim, rows)
+        found = judge(claim, rows, study.is_paired)
         if found:
-            value, half, verdict = found
-            ends = ", one seed"
-            if half < math.inf:
-                ends = f" [{value - half:+.3f} {value + half:+.3f}]"
             lines.append(table_line(claim.text, claim.metric.replace("_", " "),
-                                    f"{value:+.3f}{ends}", verdict))
+                                    interval_text(*found[:2]), found[2]))
     return "\n".join(lines) + "\n"
 
 
-def table_line(*cells):
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def cell_text(cells, arm, samples):
+def cell_text(study, rows, metric, cell):
     """Mean and half interval of a cell; nothing if the arm does not have the metric."""
-    if (arm, samples) not in cells:
+    found = difference(rows, metric, [cell], is_paired=study.is_paired)
+    if not found:
         return ""
-    value, half = contrast(cells, [(arm, samples)], ())
+    value, half = found
     return f"{value:.3f} ± {half:.3f}" if half < math.inf else f"{value:.3f}"
 
 
@@ -399,9 +350,9 @@ def draw(study, rows, path):
     """The figure of a study: one panel per metric, means over seeds with their 95% intervals."""
     panels = {}
     for metric in study.metrics:
-        cells = cells_of(rows, metric)
-        shown = [cell for cell in itertools.product(study.arms, study.samples) if cell in cells]
-        panels[METRICS[metric][0]] = {cell: contrast(cells, [cell], ()) for cell in shown}
+        found = {cell: difference(rows, metric, [cell])
+                 for cell in itertools.product(study.arms, study.samples)}
+        panels[METRICS[metric][0]] = {cell: value for cell, value in found.items() if value}
     flops = None
     if study.against_flops:
         flops = {(row["arm"], row["samples"]): row["train_flops"] for row in rows}
@@ -433,14 +384,16 @@ def main(argv):
     if not (ROOT / "train.py").exists():
         raise ValueError(f"{ROOT} has no train.py, which a study starts: run it from a clone of "
                          "the repository")
-    study, base = STUDIES[options.name[0]], dict(BASES[options.preset])
+    study = study_of(options.name[0], options.preset)
+    base = dict(BASES[options.preset])
     base["data"] = options.data or base["data"]
     if options.samples:
         study = replace(study, samples=parse_samples(options.samples, base["batch_size"]))
     prepare_data(base["data"])
     name, device = f"{options.preset}-{options.name[0]}", choose_device(options.device).type
-    jobs = jobs_of(study, base, options.seeds, f"{options.run_dir}/{name}", device,
-                   PROBED[options.preset])
+    jobs = list(jobs_of(study, base, options.seeds, f"{options.run_dir}/{name}", device,
+                        PROBED[options.preset]))
+    check_kinds({job.flags["data"] for job in jobs} - {base["data"]})
     out = f"{options.out}/{name}"
     try:
         rows = run_jobs(jobs, f"{out}.jsonl", options.jobs)
@@ -448,8 +401,14 @@ def main(argv):
         raise ValueError(error) from error
     text = tables(study, rows)
     write_text(f"{out}.md", text)
-    draw(study, rows, f"{out}.png")
-    print(f"{text}written: {out}.jsonl, {out}.md, {out}.png")
+    figure = f"{out}.png"
+    if study.is_paired:  # one figure of both presets, from all rows that there are
+        figure = f"{options.out}/{options.name[0]}.png"
+        found = {p: read_rows(Path(f"{options.out}/{p}-{options.name[0]}.jsonl")) for p in BASES}
+        gain_page(pixels.gain_panels(found), figure)
+    else:
+        draw(study, rows, figure)
+    print(f"{text}written: {out}.jsonl, {out}.md, {figure}")
 
 
 def prepare_data(data):
@@ -462,9 +421,20 @@ def prepare_data(data):
                              f"data/pack.py PHOTOS --out={source.path} --val=0.2`, or name others "
                              "with --data")
         done = subprocess.run([sys.executable, ROOT / "data/scenes.py", f"--out={TOY_SET}",
-                               f"--val={PROBED['toy'][1]}"])  # more images to test on
+                               f"--val={PROBED['toy'][1]}", "--subsets=true"])  # more to test on
         if done.returncode:
             raise ValueError(f"data/scenes.py could not draw {TOY_SET}: see its message above")
+
+
+def check_kinds(mixtures):
+    """Raise ValueError if a data set lacks captions that an arm reads."""
+    for mixture in sorted(mixtures):
+        try:
+            open_sources(mixture)
+        except ValueError as error:
+            raise ValueError(f"{error}. A set that was made before this study existed lacks its "
+                             "captions: move the folder away and make it again, see "
+                             "lessons/studies/README.md") from error
 
 
 def parse_samples(text, batch_size):
