@@ -140,7 +140,7 @@ def test_the_house_stays_small():
     core += [*(PACKAGE / "data").glob("*.py"), *(PACKAGE / "training").glob("*.py")]
     found = {"method": num_lines(method), "core": num_lines(core),
              "lab": num_lines((PACKAGE / "lab").glob("*.py")), "train.py": num_lines(SCRIPTS[:1])}
-    limits = {"method": 2020, "core": 5040, "lab": 3930, "train.py": 200}
+    limits = {"method": 2050, "core": 5070, "lab": 3950, "train.py": 200}
     assert all(found[part] <= limits[part] for part in limits), f"{found} lines, at most {limits}"
 
 

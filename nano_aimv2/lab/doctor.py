@@ -48,8 +48,8 @@ STAGES = ("features", "losses", "gradients", "weights")
 # of the change in three steps, where Adam turns small gradients into full steps).
 TOLERANCES = {"float32": (1e-5, 1e-5, 1e-4, 1e-2), "tf32": (3e-3, 2e-4, 1e-2, 0.2),
               "float16": (3e-3, 2e-4, 1e-2, 0.2), "bfloat16": (2e-2, 2e-3, 8e-2, 0.6)}
-RECORDED = {"features": 90.50948, "text loss": 5.642684, "image loss": 1.306448,
-            "gradient norm": 3.47736}  # of the golden step: norms and losses
+RECORDED = {"features": 90.50949, "text loss": 5.715027, "image loss": 1.302056,
+            "gradient norm": 3.357754}  # of the golden step: norms and losses
 PRESETS_TO_TRY = ("3b", "1b", "huge", "large", "base")  # the first that fits
 IMAGES = 64  # of a micro-batch, at most
 
@@ -90,6 +90,7 @@ def golden_steps(setting):
     torch.manual_seed(0)
     model = AIMv2(config)
     before = {name: p.detach().double() for name, p in own_parameters(model)}
+    torch.manual_seed(1)  # the batch does not follow from the number of parameters
     whole = bench.random_batch(config)
     size = config.batch_size // runtime.world
     rows = slice(runtime.rank * size, (runtime.rank + 1) * size)
