@@ -62,7 +62,7 @@ def test_every_preset_of_the_paper_has_a_budget_and_shards_divide_it():
 def test_a_dry_run_prints_and_trains_nothing(tmp_path):
     done = run_script("train.py", "--preset=3b", "--dry_run", "--world=16", "--img_per_s=5000",
                       f"--run_dir={tmp_path}/x")
-    assert "2,982.7M parameters" in done.stdout and "days" in done.stdout
+    assert "2,982.8M parameters" in done.stdout and "days" in done.stdout
     assert not (tmp_path / "x").exists()
 
 
