@@ -50,12 +50,12 @@ def main(argv):
     given = read_flags(argv, Options, doc=__doc__)[0]
     options = Options(**given)
     names = [name for name in options.image.split(",") if name]
-    about_image = given.keys() - {"run_dir", "image", "out", "device"}
-    if about_image and not names:
-        raise ValueError(f"--{min(about_image)} needs an image: add --image=FILE")
     if "complete" in given and not 0 < options.complete < 1:
         raise ValueError(f"--complete={options.complete} must be a fraction of the image above 0 "
                          "and below 1: at least one patch is given, and one is drawn")
+    about_image = given.keys() - {"run_dir", "image", "out", "device"}
+    if about_image and not names:
+        raise ValueError(f"--{min(about_image)} needs an image: add --image=FILE")
     if "num_samples" in given and "complete" not in given:
         raise ValueError("--num_samples needs --complete=FRACTION")
     if {"seed", "choices"} <= given.keys():

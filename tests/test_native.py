@@ -166,7 +166,7 @@ def test_a_trained_run_becomes_native_and_is_sampled_on_a_panorama(trained, mixe
     Image.fromarray(make_scene("val", 0, size=40)[0]).resize((90, 30)).save(tmp_path / "wide.png")
     run_script("sample.py", f"--run_dir={run}", "--complete=0.5", "--size=24", f"--out={out}",
                f"--image={tmp_path}/wide.png,lessons/figures/toy_samples.png")
-    assert colour_shares(out)[128, 128, 128] > 0.01
+    assert colour_shares(out)[128, 128, 128] > 0.005
 
 
 def test_sizes_measures_runs_over_sizes_and_shapes(trained, learned, mixed, tmp_path):

@@ -357,14 +357,17 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum():
     assert rates[55] == pytest.approx((1e-3 + 1e-5) / 2)
 
 
-def test_weight_decay_is_fully_decoupled_and_spares_vectors_and_positions():
+def test_weight_decay_is_fully_decoupled_and_spares_vectors_positions_and_the_sampler():
     model = AIMv2(tiny_config(positions="learned"))
     optimizer = make_optimizer(model, 2e-3, 1e-4, (0.9, 0.95))
     names = {id(p): name for name, p in model.named_parameters()}
-    spared = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
+    spared = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"]
+              for p in group["params"]}
     assert {"encoder.positions.table", "decoder.text_positions", "decoder.bos",
             "encoder.proj.bias"} <= spared
-    assert not any("weight" in name and "norm" not in name for name in spared)
+    sampler = {name for name in names.values() if name.startswith("sampler.")}
+    assert sampler and sampler <= spared
+    assert not any("weight" in name and "norm" not in name for name in spared - sampler)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
