@@ -32,7 +32,7 @@ from nano_aimv2.files import write_text
 from nano_aimv2.flags import check_at_least, read_flags, run_command
 from nano_aimv2.generate import caption, complete
 from nano_aimv2.lab.plots import completions, samples_page
-from nano_aimv2.patchify import unpatchify
+from nano_aimv2.patchify import patchify, unpatchify
 from nano_aimv2.training.checkpoint import load_model
 from nano_aimv2.training.distributed import choose_device
 from nano_aimv2.training.evaluate import Evaluation, held_out_sources
@@ -102,6 +102,13 @@ def continued(images, real, border, depth):
     return float((share[has_object] >= 0.5).float().mean())
 
 
+def split(patches, grid, size=64):
+    """Parts of at most `size` images with their grids: (u8[K, n, P], i64[K, 2]); `grid`: one for
+    all images."""
+    for part in patches.split(size):
+        yield part, torch.tensor([grid] * len(part), device=part.device)
+
+
 class Judge:
     """What another run's encoder and captions say of images."""
 
@@ -112,8 +119,7 @@ class Judge:
     def features(self, patches, grid):
         """Mean features f[N, D] of whole images, and of their lower halves; `grid`: one for all."""
         parts, half = [], grid[0] // 2 * grid[1]
-        for part in patches.split(64):
-            grids = torch.tensor([grid] * len(part), device=part.device)
+        for part, grids in split(patches, grid):
             f = self.model.encoder(part, grids).float()
             parts.append((f.mean(dim=1), f[:, half:].mean(dim=1)))
         return [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
@@ -121,8 +127,7 @@ class Judge:
     def naming(self, patches, grid, labels):
         """Share of captions that name something below, or the label of the image."""
         texts = []
-        for part in patches.split(64):
-            grids = torch.tensor([grid] * len(part), device=part.device)
+        for part, grids in split(patches, grid):
             texts += [c.text for c in caption(self.model, part, grids, self.tokenizer)]
         named = [label in text if label else "bottom" in text
                  for text, label in zip(texts, labels, strict=True)]
@@ -164,12 +169,12 @@ def draw_and_measure(options):
     held, _, labels = read_images(sources[0], config, tokenizer, options.images, device)
     real_features = judge.features(real, grid)
     rows = {"real": judge.numbers(held, grid, labels, real_features)}
-    grids, drawn = torch.tensor([grid] * len(held), device=device), []
-    whole, p, cut = unpatchify(held, grid, config.patch_size), config.patch_size, grid[0] * 3 // 4
+    drawn, p, cut = [], config.patch_size, grid[0] * 3 // 4
+    whole = unpatchify(held, grid, p)
 
     def draw(rows, seed):
-        parts = zip(held.split(250), grids.split(250), strict=True)
-        return torch.cat([complete(model, part, g, rows * grid[1], seed) for part, g in parts])
+        return torch.cat([complete(model, part, grids, rows * grid[1], seed)
+                          for part, grids in split(held, grid, 250)])
 
     def count_continued(patches):
         return continued(unpatchify(patches, grid, p), whole, cut * p, max(2, p // 3))
@@ -181,20 +186,22 @@ def draw_and_measure(options):
         drawn[-1]["continued"] = count_continued(draw(cut, seed))
     rows["drawn"] = {name: [row[name] for row in drawn] for name in drawn[0]}
     rows["images"] = [len(held), len(real)]
-    rows["ms_alone"] = round(1000 * seconds_alone(model, held[:1], grids[:1], grid), 1)
-    completed = completions(model, held[:SHOWN], grids[:SHOWN], 0.5)
-    third = complete(model, held[:SHOWN], grids[:SHOWN], grid[0] // 2 * grid[1], seed=2)
-    texts = caption(judge.model, third, grids[:SHOWN], judge.tokenizer)
+    rows["ms_alone"] = round(1000 * seconds_alone(model, held, grid), 1)
+    shown, grids = next(split(held, grid, SHOWN))
+    completed = completions(model, shown, grids, 0.5)
+    third = torch.stack([torch.as_tensor(versions[-2]).permute(2, 0, 1) for versions in completed])
+    texts = caption(judge.model, patchify(third, p).to(device), grids, judge.tokenizer)
     captioned = [(versions[-2], c.text, None) for versions, c in zip(completed, texts, strict=True)]
     return rows, (captioned, completed)
 
 
-def seconds_alone(model, patches, grid, shape):
+def seconds_alone(model, patches, grid):
     """Seconds to complete one image from half, without a batch: the median of nine."""
+    one, grids = next(split(patches, grid, 1))
     seconds = []
     for _ in range(9):
         begin = time.perf_counter()
-        complete(model, patches, grid, shape[0] // 2 * shape[1]).cpu()
+        complete(model, one, grids, grid[0] // 2 * grid[1]).cpu()
         seconds.append(time.perf_counter() - begin)
     return sorted(seconds)[4]
 
