@@ -7,7 +7,7 @@ The shape alphabet used in every file and lesson:
     n  valid patches of an image     S  decoder sequence length        M  prefix length, 1 .. n-1
 
 A user's mistake is reported here, before anything is slow: the value, the rule and the fix.
-Lesson: 08.
+Lesson: 10.
 """
 
 import dataclasses

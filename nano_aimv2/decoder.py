@@ -10,7 +10,7 @@ every mix of sizes:
 Only the text has (learned) positions: image features carry theirs from the encoder. Two linear
 heads, no biases.
 
-Pipeline: features, tokens -> **decoder states** -> losses. Source: paper section 2.1. Lesson: 04.
+Pipeline: features, tokens -> **decoder states** -> losses. Source: paper section 2.1. Lesson: 05.
 """
 
 import torch

@@ -5,7 +5,7 @@ blocks under the prefix mask. No class token, no registers. Trained with a rando
 used bidirectionally: both are the same call.
 
 Pipeline: patches -> **features** -> decoder (training) or your probe (use). Source: paper sections
-2.2 and 3. Lesson: 03.
+2.2 and 3. Lesson: 04.
 """
 
 import torch

@@ -8,7 +8,7 @@ through the encoder and the decoder, and so on. M stays fixed, so only later que
 a later patch: what the caches hold never changes, in the encoder's causal region as in the decoder.
 The patch sampler draws each patch (patch_sampler.py): another seed gives another image.
 
-Lesson: 09.
+Lesson: 11.
 """
 
 from dataclasses import dataclass

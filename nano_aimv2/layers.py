@@ -5,9 +5,9 @@ stack of blocks and a final RMSNorm. Only the mask makes a trunk an encoder or a
 
 For generation, attention can keep the keys and values of the past in a `KVCache`: a new element
 then costs one row of attention instead of a whole forward pass. That is exact wherever earlier
-elements do not attend to later ones (lesson 09).
+elements do not attend to later ones (lesson 11).
 
-Source: paper section 3 (SwiGLU, RMSNorm); names as in Apple's released weights. Lesson: 03.
+Source: paper section 3 (SwiGLU, RMSNorm); names as in Apple's released weights. Lessons: 03, 04.
 """
 
 import torch

@@ -7,7 +7,7 @@ tokens would weigh as much as one of 30.)
     total = text_sum / text_count + alpha * image_sum / image_count        (alpha = 0.4)
 
 Pipeline: decoder states -> **(sum, count)** -> gradient. Source: paper section 2.1, Table 9c.
-Lesson: 05.
+Lesson: 06.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ patches pad an image that does not fill A, at its end, where no valid query atte
 (prefix_mask.py).
 
 Pipeline: (seed, step) -> **A, B** -> batches. Source: paper section 2.4; A = 2^n, n normal,
-truncated to [-1, 1], mapped linearly onto [7, 12]. Lesson: 11.
+truncated to [-1, 1], mapped linearly onto [7, 12]. Lesson: 14.
 """
 
 import numpy as np

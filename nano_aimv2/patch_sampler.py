@@ -15,7 +15,7 @@ noise hides it longer, and what stands in the patch is decided first. The states
 the paper's objective does not feel this head.
 
 Pipeline: decoder states -> **patches to look at**. Source: MAR's loss per token (arXiv 2406.11838).
-Lesson: 09.
+Lesson: 12.
 """
 
 import math

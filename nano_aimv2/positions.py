@@ -6,7 +6,7 @@ after the norm of the patch embedding.
 
 Source: paper section 2.4 (native resolution uses sin-cos); layout of Apple's released code: the
 first half of the channels encodes the column, the second half the row, each half [sin | cos], base
-10000, integer positions. Lesson: 03.
+10000, integer positions. Lesson: 04.
 """
 
 import torch

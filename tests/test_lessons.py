@@ -1,33 +1,52 @@
 """The lessons: every notebook runs from a clean kernel with its exercises solved, and reads well as
-it is committed."""
+it is committed; train.py is quoted whole; the helper and the model that comes with them."""
 
+import ast
 import asyncio
 import json
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from helpers import ROOT, environment
 from nbclient import NotebookClient
+from test_layout import AVOIDED, CODE
 
-LESSONS = sorted((ROOT / "lessons").glob("*.ipynb"))
-SOLUTION = re.compile(r"<summary>Solution</summary>(?:(?!</details>).)*?```python\n(.*?)```\s*"
-                      r"</details>", re.DOTALL)
+from nano_aimv2.data.batches import pad_patches
+from nano_aimv2.generate import caption
+
+sys.path.insert(0, str(ROOT / "lessons"))
+import helper  # noqa: E402
+
+FOLDER = ROOT / "lessons"
+LESSONS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTION = re.compile(r"<summary>Solution</summary>(.*?)</details>", re.DOTALL)
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|tmp|work|root|Users)/|ipykernel_")
 
-pytestmark = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+def read_lesson(path):
+    return nbformat.read(path, as_version=4)
 
 
 def exercises(notebook):
-    """[(solution, stub cell, check cell)]: a question with its folded solution is followed by a
-    stub and a check."""
+    """[(code of the solution or None, cell to change, check cell)]: a question with its folded
+    solution is followed by a cell to change and a check. One on paper has no code."""
     found, cells = [], notebook.cells
     for i, cell in enumerate(cells):
         match = SOLUTION.search(cell.source) if cell.cell_type == "markdown" else None
         if match:
-            found.append((match[1], cells[i + 1], cells[i + 2]))
+            code = re.search(r"```python\n(.*?)```", match[1], re.DOTALL)
+            found.append((code[1], cells[i + 1], cells[i + 2]) if code else (None, None, None))
     return found
+
+
+def checked(notebook):
+    return [exercise for exercise in exercises(notebook) if exercise[0]]
 
 
 def printed(cell):
@@ -43,11 +62,10 @@ def without_images(output):
 
 def run_lesson(path):
     """The notebook of a lesson with its exercises solved, executed in a clean kernel."""
-    notebook = nbformat.read(path, as_version=4)
-    found = exercises(notebook)
-    assert len(found) == 3, f"{len(found)} exercises"
+    notebook = read_lesson(path)
+    found = checked(notebook)
     for solution, stub, _ in found:
-        assert stub.cell_type == "code" and "..." in stub.source, f"no stub: {stub.source!r}"
+        assert stub.cell_type == "code", f"no cell to change: {stub.source!r}"
         stub.source = solution
     client = NotebookClient(notebook, timeout=120, kernel_name="python3",
                             resources={"metadata": {"path": str(path.parent)}})
@@ -65,14 +83,15 @@ def running(request):
 
 
 @pytest.mark.slow
+@each_lesson
 def test_a_lesson_runs_from_a_clean_kernel_and_its_solutions_are_right(path, running):
     for i, check in enumerate(running[path].result(), 1):
-        assert check.endswith("right"), f"exercise {i} prints {check!r}"
+        assert check.endswith("right"), f"checked exercise {i} prints {check!r}"
 
 
-def test_a_committed_lesson_is_short_executed_and_free_of_noise(path):
-    notebook = nbformat.read(path, as_version=4)
-    assert len(notebook.cells) <= 70, f"{len(notebook.cells)} cells"
+@each_lesson
+def test_a_committed_lesson_is_executed_and_free_of_noise(path):
+    notebook = read_lesson(path)
     assert notebook.metadata.kernelspec.name == "python3"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in code]
@@ -83,9 +102,138 @@ def test_a_committed_lesson_is_short_executed_and_free_of_noise(path):
             assert not is_noise, f"{cell.source!r} prints {output}"
             text = without_images(output)
             assert not MACHINE_PATH.search(text), f"a path of a machine: {text}"
-    assert [printed(check).strip() for _, _, check in exercises(notebook)] == ["not solved yet"] * 3
     assert path.stat().st_size < 500_000, f"{path.stat().st_size} bytes"
 
 
-def test_the_map_of_the_lessons_names_it(path):
-    assert f"]({path.name})" in (ROOT / "lessons/README.md").read_text()
+@each_lesson
+def test_a_code_cell_fits_on_a_glance(path):
+    for cell in read_lesson(path).cells:
+        if cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            assert len(lines) <= 12, f"{len(lines)} lines:\n{cell.source}"
+            assert max(map(len, lines)) <= 100, f"a line beyond column 100:\n{cell.source}"
+
+
+@each_lesson
+def test_exercises_are_of_several_kinds_and_their_checks_say_what_is_off(path):
+    notebook = read_lesson(path)
+    found = exercises(notebook)
+    assert len(found) >= 3, f"{len(found)} exercises"
+    is_stub = [code is not None and "..." in stub.source for code, stub, _ in found]
+    assert not all(is_stub), "all exercises are stubs"
+    for _, stub, check in checked(notebook):
+        assert printed(check).strip().startswith("not solved yet"), (stub.source, printed(check))
+        for node in ast.walk(ast.parse(check.source)):
+            if isinstance(node, ast.Assert):
+                assert node.msg, f"says nothing when it fails: {ast.unparse(node)}"
+
+
+@each_lesson
+def test_a_lesson_says_where_it_stands(path):
+    """The map, what it needs and gives, the minutes, its neighbours, and its line in the table."""
+    notebook = read_lesson(path)
+    number, index = path.stem[:2], LESSONS.index(path)
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "from helper import" in code.source and f'start("{number}")' in code.source
+    first, last = notebook.cells[0].source, notebook.cells[-1].source
+    assert first.startswith(f"# {number} · ")
+    for words in ("You need", "You get", "minutes"):
+        assert words in first, f"the first cell does not say {words!r}"
+    for neighbour in LESSONS[max(0, index - 1) : index + 2]:
+        assert neighbour == path or f"({neighbour.name})" in last, f"no link to {neighbour.name}"
+    assert f"]({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@each_lesson
+def test_words_of_a_lesson_are_those_that_readers_search_for(path):
+    text = " ".join(cell.source for cell in read_lesson(path).cells)
+    for word in AVOIDED:
+        assert word not in re.sub(r"\s+", " ", text).lower(), f"it says {word!r}"
+
+
+@each_lesson
+def test_links_of_a_lesson_exist(path):
+    for cell in read_lesson(path).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", cell.source):
+                if not target.startswith("http"):
+                    assert (FOLDER / target).exists(), f"points to {target}"
+
+
+@pytest.mark.parametrize("module", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_names_its_lessons_and_they_explain_it(module):
+    numbers = re.findall(r"(?m)Lessons?: ((?:\d\d(?:, | and )?)+)", ast.get_docstring(
+        ast.parse(module.read_text(encoding="utf-8"))))
+    for number in re.findall(r"\d\d", " ".join(numbers)):
+        (path,) = FOLDER.glob(f"{number}_*.ipynb")
+        text = " ".join(cell.source for cell in read_lesson(path).cells)
+        name = str(module.relative_to(ROOT))
+        assert f"({'../' + name})" in text, f"lesson {number} does not link to {name}"
+
+
+def test_the_lesson_of_the_script_quotes_each_line_of_main():
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    (main,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
+    lines = [line.strip() for line in source.splitlines()[main.lineno - 1 : main.end_lineno]]
+    (path,) = FOLDER.glob("10_*.ipynb")
+    blocks = [block for cell in read_lesson(path).cells if cell.cell_type == "markdown"
+              for block in re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)]
+    quoted = [line.strip() for block in blocks for line in block.splitlines()]
+    at = 0
+    for line in filter(None, lines):
+        assert line in quoted[at:], f"train.py has {line!r}, and the lesson does not quote it there"
+        at = quoted.index(line, at) + 1
+    assert max(len(block.splitlines()) for block in blocks) <= 12, "a quoted block is too long"
+
+
+# The helper, and the model that comes with the lessons
+
+
+@pytest.fixture
+def figure_of(monkeypatch):
+    """figure_of(draw, *args): the figure that a function shows."""
+    plt.switch_backend("agg")  # no window
+    figures = []
+    monkeypatch.setattr(plt, "show", lambda: figures.append(plt.gcf()))
+
+    def shown(draw, *args):
+        draw(*args)
+        plt.close(figures[-1])
+        return figures[-1]
+
+    return shown
+
+
+def test_the_map_shows_where_a_lesson_stands(figure_of):
+    (axis,) = figure_of(helper.start, "04").axes
+    blue = [text.get_text() for text in axis.texts if text.get_color() == "white"]
+    assert blue == ["encoder\nlessons 03, 04"]
+    stations = [text.get_text() for text in axis.texts if "lesson" in text.get_text()]
+    assert len(stations) == len(axis.patches) == len(helper.MAP)
+    named = set(re.findall(r"\d\d", " ".join(stations)))
+    assert named == {path.stem[:2] for path in LESSONS} - {"00"}
+
+
+def test_the_model_of_the_lessons_captions_scenes_it_has_never_seen():
+    """In the precision in which it comes, bfloat16."""
+    model, config, tokenizer = helper.the_model()
+    assert (helper.TOY / "model.safetensors").stat().st_size < 9_000_000
+    scenes = [helper.the_scene(index) for index in range(600, 664)]
+    patches, grid = pad_patches([scene.pixels for scene in scenes], config.patch_size)
+    found = [each.text for each in caption(model, patches, grid, tokenizer)]
+    right = sum(text == scene.caption for text, scene in zip(found, scenes, strict=True))
+    assert right >= 58, f"{right} of 64 captions are exact"
+
+
+def test_shown_code_is_that_of_the_package_without_docstrings(monkeypatch):
+    shown = []
+    monkeypatch.setattr(helper, "display", lambda code: shown.append(code.data))
+    helper.show_code(helper.the_scene, helper.Scene)
+    (text,) = shown
+    assert "def the_scene(index=529):\n    pixels, alt_text" in text and '"""' not in text
+    assert "class Scene" in text and "def image(self)" in text
+
+
+def test_a_short_training_says_what_it_reached_and_why_it_failed():
+    with pytest.raises(RuntimeError, match="batch_size=0"):
+        helper.train("runs/none", batch_size=0)

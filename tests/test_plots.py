@@ -110,21 +110,6 @@ def test_a_grid_writes_the_numbers_into_its_cells():
     assert axis.get_title() == "mask" and axis.get_xlabel() == "key"
 
 
-def test_the_way_shows_where_a_lesson_stands(monkeypatch):
-    plt.switch_backend("agg")  # no window
-    figures = []
-    monkeypatch.setattr(plt, "show", lambda: figures.append(plt.gcf()))
-    plots.show_way("encoder", "losses")
-    axis = figures[0].axes[0]
-    plt.close(figures[0])
-    coloured = [text.get_text() for text in axis.texts if text.get_color() == "white"]
-    assert coloured == ["encoder\nlesson 03", "losses\nlesson 05"]
-    stations = [text for text in axis.texts if "lesson" in text.get_text()]
-    assert len(stations) == len(axis.patches) == len(plots.WAY)
-    arrows = sum(len(sources) for _, _, sources in plots.WAY.values())
-    assert len(axis.texts) == len(plots.WAY) + arrows
-
-
 def test_a_page_of_samples_marks_right_captions_green_and_wrong_ones_red(tmp_path):
     captioned = [(image(48, 48), "a red star", "a red star"),
                  (image(48, 48), "a ring", "a red ring"), (image(48, 48), "cat.jpg", None)]

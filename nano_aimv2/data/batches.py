@@ -7,7 +7,7 @@ has a state that could be lost. A sample that cannot be read is named, counted a
 another of its source: the batch stays full.
 
 Pipeline: shards, mixture -> **Batch** -> encoder and decoder. Source: paper Table A1 (crops).
-Lesson: 07.
+Lesson: 08.
 """
 
 import os

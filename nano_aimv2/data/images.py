@@ -1,7 +1,7 @@
 """Images: whatever an image file holds becomes upright 8-bit RGB of the size asked for.
 
 Pipeline: bytes -> **PIL image -> pixels u8[H, W, 3]** -> patches. Source: paper Table A1
-(RandomResizedCrop, bicubic). Lesson: 07.
+(RandomResizedCrop, bicubic). Lesson: 08.
 """
 
 import io

@@ -6,7 +6,7 @@
   *epochs*: seeded permutations of these samples, evaluated one index at a time. Nothing is shuffled
   in memory, and every sample comes once per epoch.
 
-Pipeline: shards -> **(source, sample) of each row** -> batches. Source: paper Table 2. Lesson: 07.
+Pipeline: shards -> **(source, sample) of each row** -> batches. Source: paper Table 2. Lesson: 08.
 """
 
 import re

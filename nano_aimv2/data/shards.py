@@ -8,7 +8,7 @@ at most one member of each type: `x.input.jpg` and `x.outputs.txt` are a sample,
 it is. The index (tar_index.py) says where each member lies: any sample is two or three reads away,
 however many tars there are.
 
-Pipeline: **tar -> (image bytes, caption)** -> batches. Lesson: 07.
+Pipeline: **tar -> (image bytes, caption)** -> batches. Lesson: 08.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ name instead of its content. A tar that changed is read again, the others are no
 
 The file: a line of JSON (the tars, the caption kinds), then the arrays of `Index`.
 
-Pipeline: tars -> **Index** -> shards. Lesson: 07.
+Pipeline: tars -> **Index** -> shards. Lesson: 08.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ Byte-level, so any text round-trips. One special id, the end token EOS, closes e
 is trained. Padding has no token: padded positions are left out of the loss. BOS is a learned
 vector of the decoder, not an id.
 
-Pipeline: caption -> **ids, EOS** -> decoder. Lesson: 06.
+Pipeline: caption -> **ids, EOS** -> decoder. Lesson: 07.
 """
 
 import base64

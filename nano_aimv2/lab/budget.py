@@ -8,7 +8,7 @@ those of metrics.py. Memory is a sum of two parts. The state: float32 weights, g
 two moments, divided by the ranks that share them. The activations: what the forward pass keeps for
 the backward pass, divided by grad_accum.
 
-Lesson: 08.
+Lesson: 10.
 """
 
 from dataclasses import dataclass

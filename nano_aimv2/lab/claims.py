@@ -13,7 +13,7 @@ comes from the spread over seeds, in one of two ways:
   matters about as much in every arm: an arm of larger spread, such as "causal" in the ablations,
   widens the intervals of all others.
 
-Lesson: 12.
+Lesson: 15.
 """
 
 import math

@@ -11,7 +11,7 @@ stage; the first stage beyond its tolerance is where to look. The exit code is 1
 *Expectations.* The largest preset that fits: its attention kernel, time, MFU and memory, what the
 data loader gives and the disk must, and the line that starts the run.
 
-Lesson: 08.
+Lesson: 10.
 """
 
 import math

@@ -16,7 +16,7 @@ training images, and so are the held-out images themselves: that is the floor, r
 
 Everything is drawn with several seeds; +- is the standard deviation over them.
 
-Lesson: 09.
+Lesson: 12.
 """
 
 import json

@@ -11,7 +11,7 @@ principal components of the patch features as red, green and blue: patches that 
 encoder have similar colours.
 
 Pipeline: images -> encoder -> **features**. Source of the view: PCA of dense features, as in DINOv2
-(arXiv 2304.07193). Lesson: 10.
+(arXiv 2304.07193). Lesson: 13.
 """
 
 import sys

@@ -10,7 +10,7 @@ same features, so here they are trained side by side in one pass: every weight h
 The best one is chosen on a tenth of the *training* images; the test images are used once.
 
 Pipeline: frozen features (probe.py) -> **accuracy**. Source: paper section 4.1, Table A2.
-Lesson: 10.
+Lesson: 13.
 """
 
 import math

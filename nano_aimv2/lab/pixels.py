@@ -15,7 +15,7 @@ caption losses on the log scale.
     python -m nano_aimv2.lab.study pixels --seeds=8          # each attribute is named first twice
     python -m nano_aimv2.lab.study pixels --seeds=7 --preset=photos
 
-Lesson: 12. Source of the question: AIMv2 (paper Table 9a) against captioners without an image loss.
+Lesson: 15. Source of the question: AIMv2 (paper Table 9a) against captioners without an image loss.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Functions that take a `path` write a figure to it and return the figure. They open no window and
 leave matplotlib's backend as it is, so notebooks still show their own figures. The lessons import
-the small pieces: `show_image`, `show_grid`, `show_way`. No other file imports matplotlib.
+the small pieces: `show_image`, `show_grid`. No other file imports matplotlib.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import itertools
 import math
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
@@ -157,36 +156,6 @@ def show_grid(axis, values, title="", xlabel="key (is attended to)", ylabel="que
         axis.text(column, row, f"{value:.2g}", ha="center", va="center",
                   color="black" if r + g + b > 1.5 else "white")
     return image
-
-
-# What each lesson is about, on the way of a sample: name: (lesson, (column, row), what it reads)
-WAY = {"data": ("07", (0, 1), ()), "patches": ("01", (1, 1), ("data",)),
-       "text": ("06", (2, 0), ("data",)), "prefix mask": ("02", (2, 2), ()),
-       "encoder": ("03", (2, 1), ("patches", "prefix mask")),
-       "decoder": ("04", (3, 1), ("encoder", "text")), "losses": ("05", (4, 1), ("decoder",)),
-       "sampling": ("09", (4, 0), ("decoder",)), "training": ("08", (5, 1), ("losses",)),
-       "probe": ("10", (3, 2), ("encoder",))}
-
-
-def show_way(*here):
-    """Show the way of a sample from data to training, with `here` (names of WAY) in blue."""
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(WIDTH, 2), layout="constrained")
-        axis.set(xlim=(-0.45, 5.45), ylim=(-0.4, 2.4))
-        axis.set_axis_off()
-        for name, (lesson, (x, y), sources) in WAY.items():
-            for u, v in (WAY[source][1] for source in sources):
-                start, end = (u + 0.37, v), (x - 0.37, y)
-                if u == x:  # from above
-                    start, end = (u, v - 0.27), (x, y + 0.27)
-                elif x - u > 1:  # from data to text, below the patches
-                    start = (u + 0.37, v - 0.27)
-                axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": GREY})
-            ink, paper = ("white", BLUE) if name in here else ("black", "#edf2f7")
-            axis.add_patch(plt.Rectangle((x - 0.37, y - 0.27), 0.74, 0.54, facecolor=paper,
-                                         edgecolor=GREY, lw=0.8))
-            axis.text(x, y, f"{name}\nlesson {lesson}", ha="center", va="center", color=ink)
-        plt.show()
 
 
 def completions(model, patches, grid, fraction, num_samples=3, seed=0):

@@ -10,7 +10,7 @@ raw pixels.
     python -m nano_aimv2.lab.probe --weights=aimv2-large --data=data/photos
 
 Pipeline: images -> **frozen features** -> heads -> accuracy. Source: paper section 4.1, Table A2.
-Lesson: 10.
+Lesson: 13.
 """
 
 import hashlib

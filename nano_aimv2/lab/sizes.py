@@ -5,7 +5,7 @@
 
 Writes a table (.md), its rows (.json) and a figure (.png).
 
-Source: paper Table 6. Lesson: 11.
+Source: paper Table 6. Lesson: 14.
 """
 
 import itertools

@@ -18,7 +18,7 @@ table and the figure are made again. The study `pixels` has its arms and claims 
 The value of an arm is the mean over its seeds. Whether a claim holds, fails or is inconclusive is
 decided by claims.py.
 
-Source: paper figures 2 and 4, tables 9a to 9f. Lesson: 12, with the results.
+Source: paper figures 2 and 4, tables 9a to 9f. Lesson: 15, with the results.
 """
 
 import itertools

@@ -10,7 +10,7 @@ A run folder also holds `model.safetensors`, `config.json` and the tokenizer, `l
 more, and `contents.json`: what the run learns from. Data and tokenizer may move; their content must
 stay.
 
-Lesson: 08.
+Lesson: 10.
 """
 
 import contextlib

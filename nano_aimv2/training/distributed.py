@@ -5,7 +5,7 @@ Every rank holds the model (DDP) or a slice of it (FSDP2) and works on its rows 
 Gradients are *summed*: the losses are divided by counts that were summed over all ranks before
 (losses.py), so the split never shows.
 
-Lesson: 08.
+Lesson: 10.
 """
 
 import contextlib

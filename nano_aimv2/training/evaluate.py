@@ -3,7 +3,7 @@
 Under full attention there is no image target left (and the loss would be 0/0), so validation draws
 prefixes as training does, always the same ones.
 
-Source: paper section 2.1. Lessons: 08, 11.
+Source: paper section 2.1. Lessons: 10, 14.
 """
 
 import itertools

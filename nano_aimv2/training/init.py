@@ -7,7 +7,7 @@ What the weights settle (sizes, patch, pixel scale; of a run also the decoder an
 taken from them; a flag that says otherwise is an error. Grid and positions may change: a learned
 position table is resized, and sin-cos positions replace it.
 
-Pipeline: weights -> **settings, model** -> training. Lesson: 11.
+Pipeline: weights -> **settings, model** -> training. Lesson: 14.
 """
 
 from pathlib import Path

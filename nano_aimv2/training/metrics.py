@@ -3,7 +3,7 @@
 FLOPs are counted from the matrix multiplications alone, 2 m k n each, attention as if nothing were
 masked, backward twice forward: the convention behind "MFU" (model FLOPs over the device's peak).
 
-Lesson: 08.
+Lesson: 10.
 """
 
 import contextlib

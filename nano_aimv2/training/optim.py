@@ -4,7 +4,7 @@ The paper's weight decay is *fully decoupled*: w -= (lr_t / lr_peak) * weight_de
 AdamW multiplies by lr_t instead, so it gets weight_decay / lr_peak: 0.1, not 1e-4, at a peak of
 1e-3. Biases, norms, position tables and BOS are not decayed; embeddings and heads are.
 
-Source: paper Table A1. Lesson: 08.
+Source: paper Table A1. Lesson: 09.
 """
 
 import math

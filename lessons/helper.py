@@ -1,0 +1,194 @@
+"""What the lessons share: the map, one scene, a small world to train on, a trained model, and the
+pieces of drawings. Importing it lets a notebook import the project.
+
+The first code cell of every lesson begins with
+
+    from helper import start
+    start("04")
+
+Drawings that explain one concept are in drawings.py.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from IPython.display import Code, display  # noqa: E402
+from ipywidgets import interact  # noqa: E402
+
+from data.scenes import make_scene, make_scenes  # noqa: E402
+from nano_aimv2.lab.plots import BLUE, GREY, STYLE, WIDTH  # noqa: E402
+from nano_aimv2.training.checkpoint import load_model  # noqa: E402
+
+PALE = "#edf2f7"
+TOY = ROOT / "lessons/models/toy"
+# The way of a sample through the project. station: (lessons, (column, row), what it reads)
+MAP = {
+    "data": ("08", (0, 1), ("your images",)),
+    "patches": ("01", (1, 1), ("data", "other sizes")),
+    "text": ("07", (2, 0), ("data",)),
+    "prefix mask": ("02", (2, 2), ()),
+    "encoder": ("03, 04", (2, 1), ("patches", "prefix mask")),
+    "decoder": ("05", (3, 1), ("encoder", "text")),
+    "losses": ("06", (4, 1), ("decoder",)),
+    "training": ("09, 10", (5, 1), ("losses",)),
+    "captions": ("11", (4, 0), ("decoder",)),
+    "images": ("12", (5, 0), ("captions",)),
+    "features": ("13", (3, 2), ("encoder",)),
+    "other sizes": ("14", (1, 2), ()),
+    "studies": ("15", (5, 2), ("training",)),
+    "your images": ("16", (0, 2), ()),
+}
+
+
+def start(lesson=None):
+    """Set the style of figures, use one thread, and show the map with the stations of a lesson in
+    blue: `start("04")`; without one, none is blue."""
+    plt.rcParams.update(STYLE)
+    torch.set_num_threads(1)  # models this small gain nothing from more
+    show_map([name for name, (lessons, *_) in MAP.items() if lesson and lesson in lessons])
+
+
+def show_map(here=()):
+    """The way of a sample through the project, with the stations `here` in blue."""
+    _, axis = canvas(5.9, 2.8, 2.1)
+    axis.set(xlim=(-0.45, 5.45), ylim=(-0.4, 2.4))
+    for name, (lessons, (x, y), sources) in MAP.items():
+        for source in sources:
+            u, v = MAP[source][1]
+            if u == x:  # above or below
+                arrow(axis, (u, v + (y - v) * 0.27), (x, y - (y - v) * 0.27))
+            elif x - u > 1:  # from data to text, below the patches
+                arrow(axis, (u + 0.37, v - 0.27), (x - 0.37, y))
+            else:
+                arrow(axis, (u + 0.37, v), (x - 0.37, y))
+        plural = "s" if "," in lessons else ""
+        box(axis, (x, y), f"{name}\nlesson{plural} {lessons}", 0.74, 0.54, name in here)
+    plt.show()
+
+
+# The one scene that goes through all lessons, and the model that has learnt such scenes
+
+
+@dataclass
+class Scene:
+    """`pixels`: u8[48, 48, 3]; `caption`: everything in it; `alt_text`: little of it."""
+
+    pixels: np.ndarray
+    caption: str
+    alt_text: str
+
+    @property
+    def image(self):
+        """u8[1, 3, 48, 48]: a batch of one, as `patchify` takes it."""
+        return torch.from_numpy(self.pixels).permute(2, 0, 1)[None]
+
+
+def the_scene(index=529):
+    """A scene of the toy set that no model has been trained on: "top left a small red star, bottom
+    right a large cyan heart". Another `index` from 512 on gives another one."""
+    pixels, alt_text, caption, _ = make_scene("val", index)
+    return Scene(pixels, caption, alt_text)
+
+
+def the_model():
+    """(AIMv2, Config, Tokenizer) of the toy model that comes with the lessons."""
+    return load_model(TOY)
+
+
+# A small world, and a short training on it
+
+
+def small_world(train=96, val=16, size=48):
+    """A temporary folder with a folder `scenes` of toy scenes, as `train.py` reads them. It is
+    removed when the returned object is: `world = small_world()`, then `Path(world.name)`."""
+    world = tempfile.TemporaryDirectory()
+    make_scenes(Path(world.name) / "scenes", train=train, val=val, novel=val, size=size)
+    return world
+
+
+def command_of(run_dir, **settings):
+    """The command line of train.py with these settings, on the CPU with one thread per process."""
+    settings = {"device": "cpu", "num_workers": 0, "run_dir": run_dir, **settings}
+    return [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def train(run_dir, **settings):
+    """Run train.py with these settings, to its end. Returns the lines that it printed about its
+    losses, without times, which differ from machine to machine.
+
+    Raises: RuntimeError with its messages if it fails.
+    """
+    done = subprocess.run(command_of(run_dir, **settings), cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return [", ".join(line.split(", ")[:2]) for line in done.stdout.splitlines()
+            if line.startswith("step")]
+
+
+def slider(draw, **values):
+    """A slider, or a menu, for each argument of a function that draws a figure:
+    `slider(draw, M=(1, 15), kind=["prefix", "causal"])`. Where notebooks are only shown, nothing is
+    seen of it: a static figure stands beside it."""
+    interact(draw, **values)
+
+
+# The package's own code, and drawings
+
+
+def show_code(*things):
+    """Show the source of functions or classes of the package, without their docstrings."""
+    parts = []
+    for thing in things:
+        source = textwrap.dedent(inspect.getsource(thing))
+        for owner in (thing, *(vars(thing).values() if inspect.isclass(thing) else ())):
+            if inspect.isroutine(owner) or owner is thing:
+                source = without_docstring(source, owner.__doc__)
+        parts.append(source.rstrip())
+    display(Code("\n\n\n".join(parts), language="python"))
+
+
+def without_docstring(source, text):
+    start = source.find(f'"""{text}"""') if text else -1
+    if start < 0:
+        return source
+    line_start = source.rindex("\n", 0, start) + 1
+    return source[:line_start] + source[start + len(text) + 6 :].lstrip("\n")
+
+
+def canvas(width, height, inches, title=""):
+    """(figure, axis) to draw boxes on: `width` x `height` units from the lower left, on a figure
+    that is `inches` high."""
+    figure, axis = plt.subplots(figsize=(WIDTH, inches), layout="constrained")
+    axis.set(xlim=(0, width), ylim=(0, height), title=title)
+    axis.set_axis_off()
+    return figure, axis
+
+
+def box(axis, centre, text, width, height, is_blue=False, colour=None):
+    """A labelled box around a centre (x, y); blue for what the drawing is about, or a colour."""
+    x, y = centre
+    face = colour or (BLUE if is_blue else PALE)
+    axis.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, facecolor=face,
+                                 edgecolor=GREY, lw=0.8))
+    axis.text(x, y, text, ha="center", va="center", color="white" if is_blue else "black")
+
+
+def arrow(axis, start, end, text="", colour=GREY, style="->"):
+    """An arrow from one point to another, with a text beside its middle."""
+    axis.annotate("", end, start, arrowprops={"arrowstyle": style, "color": colour})
+    if text:
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        axis.annotate(text, (x, y), (3, 3), textcoords="offset points", color=colour, fontsize=8)
