@@ -7,11 +7,15 @@
     python sample.py --image=cat.jpg --complete=0.5       # keep half of the patches, draw the rest
     python sample.py --image=cat.jpg --complete=0.5 --num_samples=4 --seed=1
     python sample.py --run_dir=runs/toy-native --image=panorama.png --size=96
+
+Before any training, the trained toy model of the lessons stands in for runs/toy.
 """
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.scenes import make_scenes
 from nano_aimv2 import generate
 from nano_aimv2.data.batches import evaluation_pixels, pad_patches
 from nano_aimv2.data.images import STILL_FORMATS, open_image
@@ -23,6 +27,7 @@ from nano_aimv2.training.distributed import choose_device
 # Flags of one kind of output exclude those of the others.
 OUTPUTS = ({"prompt", "temperature", "top_k", "top_p", "max_tokens"}, {"choices"},
            {"complete", "num_samples"})
+TRAINED = Path(__file__).parent / "lessons/models/toy"
 
 
 @dataclass
@@ -64,11 +69,20 @@ def main(argv):
     if len(outputs) > 1:
         raise ValueError(f"--{outputs[0]} and --{outputs[1]} exclude each other: leave one out")
     device = choose_device(options.device)
-    folder = Path(options.run_dir)
+    folder = results = Path(options.run_dir)
+    if "run_dir" not in given and not folder.exists():
+        folder, results = TRAINED, Path()
+        print(f"{options.run_dir} does not exist yet (train it: python train.py): this is the "
+              "trained toy model of the lessons, lessons/models/toy")
     if not names:
-        out = options.out or folder / "samples.png"
-        samples_page(*held_out_samples(folder, device=device), out,
-                     f"{folder.name}: images it has never seen")
+        out = options.out or results / "samples.png"
+        with tempfile.TemporaryDirectory() as scenes:
+            data = ""
+            if folder == TRAINED:
+                data = f"{scenes}/toy:synthetic:1"
+                make_scenes(f"{scenes}/toy", train=1, val=4, novel=4)
+            samples = held_out_samples(folder, device=device, data=data)
+        samples_page(*samples, out, f"{folder.name}: images it has never seen")
         print(f"written: {out}")
         return
     model, config, tokenizer = load_model(folder, device)
@@ -81,7 +95,7 @@ def main(argv):
     if "choices" in given:
         rank_choices(model, patches, grid, tokenizer, names, options.choices)
     elif options.complete:
-        out = options.out or folder / "complete.png"
+        out = options.out or results / "complete.png"
         completed = completions(model, patches, grid, options.complete, options.num_samples,
                                 options.seed)
         captioned = [(completed[i][0], name, None) for i, name in enumerate(names)]

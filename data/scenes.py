@@ -29,6 +29,7 @@ sizes and shapes. The words keep their meaning: a place is a quarter of the imag
 "small" are relative to its short side. So a caption is as true of a panorama as of a square.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -65,6 +66,7 @@ SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS
 # larger images, to save time.
 SETS = {"data/scenes": {}, "data/scenes_highres": {"train": 10_000, "size": 96},
         "data/scenes_native": {"train": 10_000, "size": 96, "aspect": 3.0}}
+FEW = 1000  # scenes: two to three seconds
 OVERSAMPLING = 4  # masks are drawn this many times larger and averaged: smooth edges
 
 
@@ -246,23 +248,25 @@ def make_scenes(out, train=20_000, val=512, novel=512, size=48, seed=0, aspect=1
                 subsets=False):
     """Write the three splits as shards into the new folder `out`.
 
-    A run that fails or is interrupted leaves nothing under the name `out`.
+    A run that fails or is interrupted leaves nothing under the name `out`. Few scenes are drawn in
+    less time than other processes need to start.
 
     Raises: ValueError if `out` exists.
     """
     if Path(out).exists():
         raise ValueError(f"{out} exists: choose another --out, or delete it first")
     counts = dict(zip(SPLITS, (train, val, novel), strict=True))
-    processes = min(8, os.cpu_count() or 1)
+    total = sum(counts.values())
+    context, processes = multiprocessing.get_context("spawn"), min(8, os.cpu_count() or 1)
     with (replacing(Path(out)) as temporary,
-          multiprocessing.get_context("spawn").Pool(processes) as pool,
-          tqdm(total=sum(counts.values()), unit="scene", desc=f"drawing {out}",
-               disable=None) as bar):
+          context.Pool(processes) if total > FEW else contextlib.nullcontext() as pool,
+          tqdm(total=total, unit="scene", desc=f"drawing {out}", disable=None) as bar):
         for split, count in counts.items():
             with ShardWriter(temporary / split) as writer:
                 addresses = ((split, i, size, seed, aspect) for i in range(count))
                 encode = partial(encoded_scene, subsets=subsets)
-                for scene in pool.imap(encode, addresses, chunksize=64):
+                scenes = pool.imap(encode, addresses, 64) if pool else map(encode, addresses)
+                for scene in scenes:
                     key, image, alt, metadata = scene
                     writer.write(key, image, "png", alt, metadata)
                     bar.update()

@@ -25,6 +25,7 @@ from data.scenes import (
     SETS,
     SHAPES,
     SIZES,
+    SPLITS,
     draw_objects,
     encoded_scene,
     make_scene,
@@ -544,6 +545,16 @@ def test_the_captions_of_subsets_change_nothing_else_in_a_scene(tmp_path):
     shards = Shards(str(tmp_path / "set/train"))
     kinds = subset_captions([("top left", "large", "red", "ring")])
     assert all(shards.index.count(kind) == 3 for kind in kinds)
+
+
+def test_few_scenes_drawn_alone_are_those_that_many_processes_draw(tmp_path, monkeypatch):
+    make_scenes(tmp_path / "alone", train=5, val=2, novel=1, size=20)
+    monkeypatch.setattr("data.scenes.FEW", 0)
+    make_scenes(tmp_path / "together", train=5, val=2, novel=1, size=20)
+    for split in SPLITS:
+        one, other = (sorted((tmp_path / name / split).glob("*.tar"))
+                      for name in ("alone", "together"))
+        assert one and [tar.read_bytes() for tar in one] == [tar.read_bytes() for tar in other]
 
 
 def test_a_set_that_cannot_be_drawn_whole_leaves_nothing(tmp_path):

@@ -232,6 +232,20 @@ def test_sample_draws_as_many_continuations_as_asked_for_even_from_one_patch(tra
     assert len({*pages}) == 3, "another seed or another number of samples changed nothing"
 
 
+@pytest.mark.slow
+def test_before_any_training_sample_takes_the_model_of_the_lessons(tmp_path):
+    """In a folder without runs/toy, where nothing is written but the page that was asked for."""
+    out = run_script(ROOT / "sample.py", "--device=cpu", cwd=tmp_path).stdout
+    assert out.startswith("runs/toy does not exist yet (train it: python train.py): this is the "
+                          "trained toy model of the lessons, lessons/models/toy\n"), out
+    assert out.endswith("written: samples.png\n") and len(out.splitlines()) == 2, out
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+    with Image.open(tmp_path / "samples.png") as page:  # eight images above, four lines below
+        assert min(page.size) > 800
+    asked = run_script(ROOT / "sample.py", "--run_dir=runs/toy", cwd=tmp_path, check=False)
+    assert "runs/toy has no config.json" in asked.stderr, asked.stderr
+
+
 def test_sample_reads_the_other_still_formats_and_never_an_eps(trained, tmp_path, capsys):
     with Image.open(ROOT / "lessons/figures/toy_samples.png") as image:
         for name, kind in (("a.bmp", "BMP"), ("b.gif", "GIF"), ("c.tif", "TIFF"), ("d.jpg", "EPS")):

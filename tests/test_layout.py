@@ -25,7 +25,7 @@ ROOMS = {
            "bench doctor",
 }
 LAB_OF_SCRIPTS = {"train": {"nano_aimv2.lab.plots", "nano_aimv2.lab.budget", "data.scenes"},
-                  "sample": {"nano_aimv2.lab.plots"}}
+                  "sample": {"nano_aimv2.lab.plots", "data.scenes"}}
 LIBRARIES = {"torch", "numpy", "tiktoken", "PIL", "matplotlib", "tqdm", "safetensors"}
 OPTIONAL = {("hub", "huggingface_hub"), ("bench", "transformers")}  # in a function that says so
 # What STYLE.md replaces by the words that readers search for.
@@ -44,8 +44,9 @@ MODULES = {module_name(room, stem): PACKAGE / ("" if room == "method" else room)
            for room, stems in ROOMS.items() for stem in stems.split()}
 CODE = [*MODULES.values(), *SCRIPTS, *DATA_SCRIPTS]
 TESTS = sorted((ROOT / "tests").glob("*.py"))
+LESSON_FILES = sorted((ROOT / "lessons").glob("*.py"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "data/README.md",
-             *sorted((ROOT / "lessons").glob("*.md")), *sorted((ROOT / "lessons").glob("*/*.md"))]
+             *sorted((ROOT / "lessons").glob("**/*.md"))]
 
 
 def read(path):
@@ -123,7 +124,8 @@ def test_matplotlib_is_imported_by_plots_alone():
 # Sizes
 
 
-@pytest.mark.parametrize("path", [*CODE, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*CODE, *LESSON_FILES, *TESTS],
+                         ids=lambda path: str(path.relative_to(ROOT)))
 def test_lines_end_by_column_100_and_functions_fit_on_a_screen(path):
     long = [i for i, line in enumerate(read(path).splitlines(), 1) if len(line) > 100]
     assert not long, f"lines {long} go beyond column 100"
@@ -153,7 +155,7 @@ def test_main_of_train_reads_as_a_page():
 
 
 def test_every_file_says_what_it_is():
-    for path in [*CODE, *TESTS, *PACKAGE.rglob("__init__.py")]:
+    for path in [*CODE, *LESSON_FILES, *TESTS, *PACKAGE.rglob("__init__.py")]:
         assert ast.get_docstring(ast.parse(read(path))), path
 
 
@@ -168,8 +170,8 @@ def test_no_two_public_functions_have_one_name():
 
 
 @pytest.mark.parametrize("path", [
-    *CODE, *(path for path in TESTS if path.name != "test_layout.py"), ROOT / "README.md",
-    ROOT / "data/README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md",
+    *CODE, *LESSON_FILES, *(path for path in TESTS if path.name != "test_layout.py"),
+    ROOT / "README.md", ROOT / "data/README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md",
 ], ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_are_those_that_readers_search_for(path):
     text = re.sub(r"[\s#]+", " ", read(path)).lower()

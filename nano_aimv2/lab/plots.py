@@ -8,6 +8,7 @@ the small pieces: `show_image`, `show_grid`. No other file imports matplotlib.
 import contextlib
 import itertools
 import math
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -184,15 +185,18 @@ def completions(model, patches, grid, fraction, num_samples=3, seed=0):
     return found
 
 
-def held_out_samples(run_dir, count=8, device="cpu"):
+def held_out_samples(run_dir, count=8, device="cpu", data=""):
     """Captions and completions of images that a finished run has never seen.
 
     Half of them have novel pairs, if there are any.
+
+    Args: data: in place of the run's own, in the form of `Config.data`.
 
     Returns: (captioned, completed), as `samples_page` draws them.
     Raises: ValueError if the run's data has no held-out part.
     """
     model, config, tokenizer = load_model(run_dir, device)
+    config = replace(config, data=data or config.data)
     sources = held_out_sources(config)
     if not sources:
         raise ValueError(f"{config.data} has no val folder: give images with --image=FILE")
