@@ -10,8 +10,8 @@ PALE_ORANGE = "#fbd38d"
 
 
 def draw_decoder_sequence(reads, predicts, num_patches):
-    """Lesson 05: what each position of the decoder reads and predicts, which inputs its state has seen, and
-    the same as a mask: blue for the image, orange for the text."""
+    """Lesson 05: what each position reads and predicts, which inputs its state has seen, and the
+    same as a mask; blue is the image, orange the text."""
     _, axis = canvas(14.4, 4.7, 3.7)
     x = [0.75 + 1.32 * s for s in range(len(reads))]
     for s, (word, target) in enumerate(zip(reads, predicts, strict=True)):
