@@ -5,7 +5,7 @@ head that draws the next patch, since the paper's pixel head predicts the mean o
 normalised. The sampler reads **detached** states: the paper's objective does not feel it.
 
 Source: paper sections 2.1 and 2.2; initialisation as in Apple's training code, but for the
-connector (README, "Differences"). Lessons: 04 to 06.
+connector (README, "Differences"). Lesson: 06.
 """
 
 import torch
