@@ -7,7 +7,7 @@ what surrounds it; data flows from left to right or from below to above.
 import io
 
 import matplotlib.pyplot as plt
-from helper import BLUE, GREY, arrow, box, canvas
+from helper import BLUE, GREY, WIDTH, arrow, box, canvas
 from IPython import get_ipython
 from PIL import Image
 
@@ -34,14 +34,21 @@ def first_difference(before, after):
     return next(k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
 
 
-def draw_tokens(words, axis, y):
-    """One text as a row of its tokens in turns of blue and grey, each as wide as its characters."""
-    x = 0
-    for k, word in enumerate(words):
-        axis.barh(y, len(word), left=x, color=(BLUE, GREY)[k % 2], height=0.7)
-        axis.text(x + len(word) / 2, y, word.strip(), ha="center", va="center", color="white",
-                  family="monospace", fontsize=8)
-        x += len(word)
+def draw_tokens(texts, title):
+    """Texts as rows of their tokens in turns of blue and grey, each as wide as its characters.
+    Args: texts: [[str]]."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.45 * len(texts) + 0.6), layout="constrained")
+    for y, words in enumerate(texts):
+        x = 0
+        for k, word in enumerate(words):
+            axis.barh(y, len(word), left=x, color=(BLUE, GREY)[k % 2], height=0.7)
+            axis.text(x + len(word) / 2, y, word.strip(), ha="center", va="center",
+                      color="white", family="monospace", fontsize=8)
+            x += len(word)
+        axis.text(x + 0.5, y, f"{len(words)} tokens", va="center")
+    axis.invert_yaxis()
+    axis.set(yticks=[], xlabel="character", xlim=(0, 68), title=title)
+    plt.show()
 
 
 # Data (lesson 08)
