@@ -11,6 +11,7 @@ Drawings that explain one concept are in drawings.py.
 
 import ast
 import inspect
+import io
 import os
 import subprocess
 import sys
@@ -25,8 +26,10 @@ sys.path.insert(0, str(ROOT))
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from IPython.display import Code, display  # noqa: E402
+from IPython import get_ipython  # noqa: E402
+from IPython.display import Markdown, display  # noqa: E402
 from ipywidgets import interact  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from data.scenes import make_scene, make_scenes  # noqa: E402
 from nano_aimv2.lab.plots import BLUE, GREY, STYLE, WIDTH  # noqa: E402
@@ -57,8 +60,19 @@ def start(lesson=None):
     """Set the style of figures, use one thread, and show the map with the stations of a lesson in
     blue: `start("04")`; without one, none is blue."""
     plt.rcParams.update(STYLE)
+    if get_ipython():
+        get_ipython().display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
     torch.set_num_threads(1)  # models this small gain nothing from more
     show_map([name for name, (lessons, *_) in MAP.items() if lesson and lesson in lessons])
+
+
+def small_png(figure):
+    """A figure as a PNG of 96 colours, a third of the usual size: notebooks store their figures."""
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=figure.dpi, bbox_inches="tight")
+    image = Image.open(full).convert("RGB").quantize(96, dither=Image.Dither.NONE)
+    image.save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def show_map(here=()):
@@ -152,7 +166,7 @@ def slider(draw, **values):
 def show_code(*things):
     """Show the source of functions or classes of the package, without their docstrings."""
     text = "\n\n\n".join(without_docstrings(inspect.getsource(thing)) for thing in things)
-    display(Code(text, language="python"))
+    display(Markdown(f"```python\n{text}\n```"))
 
 
 def without_docstrings(source):

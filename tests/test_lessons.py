@@ -230,6 +230,7 @@ def test_shown_code_is_that_of_the_package_without_docstrings(monkeypatch):
     monkeypatch.setattr(helper, "display", lambda code: shown.append(code.data))
     helper.show_code(helper.the_scene, helper.Scene)
     (text,) = shown
+    assert text.startswith("```python\n") and text.endswith("\n```")
     assert "def the_scene(index=529):\n    pixels, alt_text" in text and '"""' not in text
     assert "class Scene" in text and "def image(self)" in text
 
