@@ -60,10 +60,10 @@ def start(lesson=None):
     """Set the style of figures, use one thread, and show the map with the stations of a lesson in
     blue: `start("04")`; without one, none is blue."""
     plt.rcParams.update(STYLE)
-    if get_ipython():
-        get_ipython().display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
     torch.set_num_threads(1)  # models this small gain nothing from more
     show_map([name for name, (lessons, *_) in MAP.items() if lesson and lesson in lessons])
+    if get_ipython():  # now, since the first figure sets the formats of a notebook
+        get_ipython().display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
 
 
 def small_png(figure):
