@@ -9,6 +9,7 @@ The first code cell of every lesson begins with
 Drawings that explain one concept are in drawings.py.
 """
 
+import ast
 import inspect
 import os
 import subprocess
@@ -150,22 +151,20 @@ def slider(draw, **values):
 
 def show_code(*things):
     """Show the source of functions or classes of the package, without their docstrings."""
-    parts = []
-    for thing in things:
-        source = textwrap.dedent(inspect.getsource(thing))
-        for owner in (thing, *(vars(thing).values() if inspect.isclass(thing) else ())):
-            if inspect.isroutine(owner) or owner is thing:
-                source = without_docstring(source, owner.__doc__)
-        parts.append(source.rstrip())
-    display(Code("\n\n\n".join(parts), language="python"))
+    text = "\n\n\n".join(without_docstrings(inspect.getsource(thing)) for thing in things)
+    display(Code(text, language="python"))
 
 
-def without_docstring(source, text):
-    start = source.find(f'"""{text}"""') if text else -1
-    if start < 0:
-        return source
-    line_start = source.rindex("\n", 0, start) + 1
-    return source[:line_start] + source[start + len(text) + 6 :].lstrip("\n")
+def without_docstrings(source):
+    lines = textwrap.dedent(source).rstrip().splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            first = node.body[0]
+            end = first.end_lineno
+            if end < len(lines) and not lines[end]:  # the blank line that follows
+                end += 1
+            lines[first.lineno - 1 : end] = [None] * (end - first.lineno + 1)
+    return "\n".join(line for line in lines if line is not None)
 
 
 def canvas(width, height, inches, title=""):
