@@ -41,3 +41,17 @@ def draw_one_query():
     box(axis, (8.9, 3.5), "8 shapes", 1.3, 0.6)
     arrow(axis, (8.9, 2.5), (8.9, 3.2))
     plt.show()
+
+
+def draw_study():
+    """Lesson 15: from arms to verdicts."""
+    _, axis = canvas(10, 2.6, 1.9, "A study: every arm is trained alike, several times")
+    steps = ("arms x numbers\nof samples\nx seeds", "one run each:\ntrain.py",
+             "one row each:\nprobe, losses", "one cell per arm\nand number\nof samples",
+             "claim: holds, fails,\ninconclusive")
+    for i, step in enumerate(steps):
+        x = 1 + 2 * i
+        box(axis, (x, 1.3), step, 1.6, 1.2, i == 4)
+        if i:
+            arrow(axis, (x - 1.2, 1.3), (x - 0.8, 1.3))
+    plt.show()
