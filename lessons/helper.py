@@ -67,10 +67,10 @@ def start(lesson=None):
 
 
 def small_png(figure):
-    """A figure as a PNG of 96 colours, a third of the usual size: notebooks store their figures."""
+    """A figure as a PNG of 256 colours, half the usual size: notebooks store their figures."""
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=figure.dpi, bbox_inches="tight")
-    image = Image.open(full).convert("RGB").quantize(96, dither=Image.Dither.NONE)
+    image = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(small, "PNG", optimize=True)
     return small.getvalue()
 
