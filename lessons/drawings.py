@@ -6,7 +6,7 @@ what surrounds it; data flows from left to right or from below to above.
 
 import matplotlib.pyplot as plt
 import numpy as np
-from helper import BLUE, GREY, WIDTH, arrow, box, canvas
+from helper import BLUE, GREY, PALE, WIDTH, arrow, box, canvas
 
 from nano_aimv2.lab.plots import ORANGE, show_image
 
@@ -640,4 +640,28 @@ def draw_study():
         box(axis, (x, 1.3), step, 1.6, 1.2, i == 4)
         if i:
             arrow(axis, (x - 1.2, 1.3), (x - 0.8, 1.3))
+
+
+def draw_grids(images, title, blue=()):
+    """Images side by side and to scale, each cut into its grid of patches: lesson 14.
+
+    Args: images: [((width, height) in pixels, (rows, cols))]; blue: numbers of those that the
+        drawing is about.
+    """
+    gap = 0.14 * max(width for (width, _), _ in images) + 8
+    total = sum(width + gap for (width, _), _ in images)
+    tallest = max(height for (_, height), _ in images)
+    _, axis = canvas(total, 1.3 * tallest, 9.0 * 1.3 * tallest / total + 0.3, title)
+    axis.set(ylim=(-0.02 * tallest, 1.3 * tallest))
+    left = gap / 2
+    for i, ((width, height), (rows, cols)) in enumerate(images):
+        colour, line = (BLUE, "white") if i in blue else (PALE, "#4a5568")
+        axis.add_patch(plt.Rectangle((left, 0), width, height, facecolor=colour))
+        for k in range(rows + 1):
+            axis.plot([left, left + width], [height * k / rows] * 2, color=line, lw=0.8)
+        for k in range(cols + 1):
+            axis.plot([left + width * k / cols] * 2, [0, height], color=line, lw=0.8)
+        axis.text(left + width / 2, height + 0.04 * tallest, f"{width} x {height} px\n{rows} x "
+                  f"{cols} = {rows * cols} patches", ha="center", va="bottom", fontsize=8)
+        left += width + gap
     plt.show()
