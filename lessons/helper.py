@@ -19,16 +19,17 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import ipywidgets as widgets  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from IPython import get_ipython  # noqa: E402
 from IPython.display import Markdown, display  # noqa: E402
-from ipywidgets import interact  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from data.scenes import make_scene, make_scenes  # noqa: E402
@@ -154,10 +155,41 @@ def train(run_dir, **settings):
 
 
 def slider(draw, **values):
-    """A slider, or a menu, for each argument of a function that draws a figure:
-    `slider(draw, M=(1, 15), kind=["prefix", "causal"])`. Where notebooks are only shown, nothing is
-    seen of it: a static figure stands beside it."""
-    interact(draw, **values)
+    """A control for each argument of a function that draws a figure, and the figure below it.
+
+    `slider(draw, M=(1, 15), kind=["prefix", "causal"])`: a pair (low, high), or (low, high, step),
+    is a slider, whole numbers if its ends are; a list is a menu. They start at the defaults of
+    `draw`, or in the middle. Where notebooks are only shown, nothing is seen of it: a static figure
+    stands beside it. (ipywidgets' own `interact` now and then leaves nbclient waiting forever.)
+    """
+    image = widgets.Image(format="png")
+    defaults = inspect.signature(draw).parameters
+    controls = {name: control(name, value, defaults[name].default)
+                for name, value in values.items()}
+
+    def redraw(_=None):
+        with mock.patch.object(plt, "show"):
+            draw(**{name: each.value for name, each in controls.items()})
+        image.value = small_png(plt.gcf())
+        plt.close()
+
+    for each in controls.values():
+        each.observe(redraw, names="value")
+    redraw()
+    display(widgets.VBox([*controls.values(), image]))
+
+
+def control(name, value, default):
+    has_default = default is not inspect.Parameter.empty
+    if isinstance(value, list):
+        return widgets.Dropdown(options=value, value=default if has_default else value[0],
+                                description=name)
+    low, high, *step = value
+    kind, size, middle = widgets.FloatSlider, 0.1, (low + high) / 2
+    if isinstance(low, int):
+        kind, size, middle = widgets.IntSlider, 1, (low + high) // 2
+    return kind(value=default if has_default else middle, min=low, max=high,
+                step=step[0] if step else size, description=name)
 
 
 # The package's own code, and drawings

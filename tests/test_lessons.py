@@ -144,6 +144,29 @@ def test_a_lesson_says_where_it_stands(path):
     assert f"]({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
+def reading_minutes(notebook):
+    """200 words, 12 lines of code or 3 figures per minute, and 3 minutes per exercise."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output.get("data", {}) for cell in code for output in cell.outputs]
+    lines = [cell.source for cell in code] + [data.get("text/markdown", "") for data in outputs]
+    num_lines = sum(bool(line.strip()) for part in lines for line in part.splitlines())
+    words = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL).split()
+    figures = sum("image/png" in data for data in outputs)
+    return len(words) / 200 + num_lines / 12 + figures / 3 + 3 * text.count("<summary>Solution")
+
+
+@each_lesson
+def test_the_minutes_of_a_lesson_follow_from_its_length(path):
+    notebook = read_lesson(path)
+    counted = reading_minutes(notebook)
+    (stated,) = re.findall(r"Time: about (\d+) minutes", notebook.cells[0].source)
+    row = next(line for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+               if f"]({path.name})" in line)
+    assert row.endswith(f"| {stated} |"), row
+    assert abs(int(stated) - counted) <= 4, f"{stated} minutes stated, {counted:.0f} counted"
+
+
 @each_lesson
 def test_words_of_a_lesson_are_those_that_readers_search_for(path):
     text = " ".join(cell.source for cell in read_lesson(path).cells)
@@ -212,6 +235,25 @@ def test_the_map_shows_where_a_lesson_stands(figure_of):
     assert len(stations) == len(axis.patches) == len(helper.MAP)
     named = set(re.findall(r"\d\d", " ".join(stations)))
     assert named == {path.stem[:2] for path in LESSONS} - {"00"}
+
+
+def test_a_slider_draws_again_when_it_is_moved(monkeypatch):
+    plt.switch_backend("agg")
+    boxes, drawn = [], []
+    monkeypatch.setattr(helper, "display", boxes.append)
+
+    def draw(M, p=0.5, kind="b"):
+        drawn.append((M, p, kind))
+        plt.figure(figsize=(1, 1)).text(0, 0.5, f"{drawn[-1]}")
+        plt.show()
+
+    helper.slider(draw, M=(1, 4), p=(0.0, 1.0), kind=["a", "b"])
+    M, p, kind, image = boxes[0].children
+    before = bytes(image.value)
+    assert drawn == [(2, 0.5, "b")] and before.startswith(b"\x89PNG")
+    M.value, p.value, kind.value = 4, 0.3, "a"
+    assert drawn[1:] == [(4, 0.5, "b"), (4, 0.3, "b"), (4, 0.3, "a")]
+    assert bytes(image.value) != before and not plt.get_fignums()
 
 
 def test_the_model_of_the_lessons_captions_scenes_it_has_never_seen():
