@@ -159,9 +159,14 @@ def slider(draw, **values):
 
     `slider(draw, M=(1, 15), kind=["prefix", "causal"])`: a pair (low, high), or (low, high, step),
     is a slider, whole numbers if its ends are; a list is a menu. They start at the defaults of
-    `draw`, or in the middle. Where notebooks are only shown, nothing is seen of it: a static figure
-    stands beside it. (ipywidgets' own `interact` now and then leaves nbclient waiting forever.)
+    `draw`, or in the middle. Where notebooks are only shown, one line stands in its place, below a
+    static figure. (ipywidgets' own `interact` now and then leaves nbclient waiting forever.)
     """
+    shown = box_of_controls(draw, values)._repr_mimebundle_()
+    display(shown | {"text/plain": "(Run this notebook to move the controls here.)"}, raw=True)
+
+
+def box_of_controls(draw, values):
     image = widgets.Image(format="png")
     defaults = inspect.signature(draw).parameters
     controls = {name: control(name, value, defaults[name].default)
@@ -176,7 +181,7 @@ def slider(draw, **values):
     for each in controls.values():
         each.observe(redraw, names="value")
     redraw()
-    display(widgets.VBox([*controls.values(), image]))
+    return widgets.VBox([*controls.values(), image])
 
 
 def control(name, value, default):

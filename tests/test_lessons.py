@@ -237,18 +237,17 @@ def test_the_map_shows_where_a_lesson_stands(figure_of):
     assert named == {path.stem[:2] for path in LESSONS} - {"00"}
 
 
-def test_a_slider_draws_again_when_it_is_moved(monkeypatch):
+def test_a_slider_draws_again_when_it_is_moved():
     plt.switch_backend("agg")
-    boxes, drawn = [], []
-    monkeypatch.setattr(helper, "display", boxes.append)
+    drawn = []
 
     def draw(M, p=0.5, kind="b"):
         drawn.append((M, p, kind))
         plt.figure(figsize=(1, 1)).text(0, 0.5, f"{drawn[-1]}")
         plt.show()
 
-    helper.slider(draw, M=(1, 4), p=(0.0, 1.0), kind=["a", "b"])
-    M, p, kind, image = boxes[0].children
+    box = helper.box_of_controls(draw, dict(M=(1, 4), p=(0.0, 1.0), kind=["a", "b"]))
+    M, p, kind, image = box.children
     before = bytes(image.value)
     assert drawn == [(2, 0.5, "b")] and before.startswith(b"\x89PNG")
     M.value, p.value, kind.value = 4, 0.3, "a"
