@@ -405,7 +405,7 @@ def draw_positions(table, nearness):
 
 def draw_task():
     """Lesson 00: what goes in and what is predicted, at each place of the sequence."""
-    _, axis = canvas(9, 4.6, 3.0, "At each place the decoder predicts what comes next")
+    _, axis = canvas(9, 4.6, 3.0, "At each position the decoder predicts what comes next")
     inputs = ["patch 0", "patch 1", "...", "patch 14", "patch 15", "start", "top", "left", "a"]
     outputs = ["patch 1", "patch 2", "...", "patch 15", "", "top", "left", "a", "small"]
     for x, (given, predicted) in enumerate(zip(inputs, outputs, strict=True)):
