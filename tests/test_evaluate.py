@@ -209,6 +209,19 @@ def test_the_run_says_how_many_images_are_held_out_and_caps_what_was_skipped(tmp
     assert len(lines) == 12 and lines[-1] == "skipped: ... and 3 more"
 
 
+def test_the_run_says_how_many_captions_are_cut(tmp_path):
+    """A caption that just fits, its end token included, is not."""
+    texts = ("a red ring", "a blue ring", "a red star and a blue ring")
+    write_tar(tmp_path / "x.tar", [(f"{i}.{end}", content) for i, text in enumerate(texts)
+                                   for end, content in (("png", png()), ("txt", text.encode()))])
+    (source,) = open_sources(f"{tmp_path}:alt")
+    config = tiny_config(max_tokens=4)
+    tokenizer = Tokenizer(config.tokenizer)
+    assert len(tokenizer.encode("a red ring", 99)) == 4, "three words and the end token"
+    lines = describe_held_out({"val": Evaluation(source, config, tokenizer, 3)})
+    assert lines == ["held out: 3 images (val); 1 captions are longer than --max_tokens, and cut"]
+
+
 def test_one_source_is_validated_on(tmp_path):
     simple_shards(tmp_path / "a", 3)
     config = tiny_config(val_data=f"{tmp_path}/a:alt,{tmp_path}/a:synthetic")

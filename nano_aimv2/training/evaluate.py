@@ -29,7 +29,8 @@ class Evaluation:
     """Held-out images in memory, `count` of a source, read once.
 
     `batches`: [Batch]; `captions`: the written ones, as they are encoded; `label_names`: from the
-    metadata, None without one; `skipped`: samples that could not be read.
+    metadata, None without one; `skipped`: samples that could not be read; `num_cut`: captions
+    longer than max_tokens.
 
     Args: accept: see `read_in_order`; with it there may be no image; one_grid: sort the images so
         that each batch has a single grid, which is all that a learned position table can be
@@ -63,6 +64,7 @@ class Evaluation:
                 self.batches.append(
                     collate(pixels, ids, area, config.patch_size, rows, len(part)))
         self.captions = [tokenizer.decode(record.token_ids) for record in records]
+        self.num_cut = sum(record.token_ids[-1] != tokenizer.eos for record in records)
         self.label_names = [label_text(record.label_name) for record in records]
 
     def share_out(self, runtime):
@@ -175,7 +177,9 @@ def describe_held_out(held_out):
         fewer = f" of the {evaluation.asked} asked for" if count < evaluation.asked else ""
         sizes.append(f"{count} images{fewer} ({split})")
     skipped = [line for evaluation in held_out.values() for line in evaluation.skipped]
-    return [f"held out: {', '.join(sizes)}", *(f"skipped: {line}" for line in capped(skipped))]
+    num_cut = sum(evaluation.num_cut for evaluation in held_out.values())
+    cut = f"; {num_cut} captions are longer than --max_tokens, and cut" if num_cut else ""
+    return [f"held out: {', '.join(sizes)}{cut}", *(f"skipped: {line}" for line in capped(skipped))]
 
 
 def evaluate(model, trained, held_out, runtime):
