@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
 from helpers import ROOT, environment
 from nbclient import NotebookClient
 from test_layout import AVOIDED, CODE
@@ -75,11 +76,12 @@ def run_lesson(path):
 
 @pytest.fixture(scope="module")
 def running(request):
-    """{lesson: future of `run_lesson`} of those asked for: two at a time, with one thread each."""
+    """{lesson: future of `run_lesson`} of those asked for: two at a time, with one thread each, the
+    last first, which take longest."""
     asked = [item.callspec.params["path"] for item in request.session.items
              if item.name.startswith("test_a_lesson_runs")]
     with ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(run_lesson, path) for path in asked}
+        yield {path: pool.submit(run_lesson, path) for path in reversed(asked)}
 
 
 @pytest.mark.slow
@@ -218,13 +220,16 @@ def figure_of(monkeypatch):
     plt.switch_backend("agg")  # no window
     figures = []
     monkeypatch.setattr(plt, "show", lambda: figures.append(plt.gcf()))
+    num_threads = torch.get_num_threads()
 
     def shown(draw, *args):
         draw(*args)
         plt.close(figures[-1])
         return figures[-1]
 
-    return shown
+    with plt.rc_context():  # `start` sets style and threads for a whole notebook
+        yield shown
+    torch.set_num_threads(num_threads)
 
 
 def test_the_map_shows_where_a_lesson_stands(figure_of):
