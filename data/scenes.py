@@ -66,7 +66,7 @@ SEEN_PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS
 # larger images, to save time.
 SETS = {"data/scenes": {}, "data/scenes_highres": {"train": 10_000, "size": 96},
         "data/scenes_native": {"train": 10_000, "size": 96, "aspect": 3.0}}
-FEW = 1000  # scenes: two to three seconds
+FEW = 1000  # scenes: about a second
 OVERSAMPLING = 4  # masks are drawn this many times larger and averaged: smooth edges
 
 

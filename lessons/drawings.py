@@ -13,8 +13,280 @@ from nano_aimv2.lab.plots import ORANGE, show_image
 PALE_ORANGE = "#fbd38d"
 
 
+# Lesson 00
+
+
+def draw_task():
+    """What goes in and what is predicted, at each place of the sequence."""
+    _, axis = canvas(9, 4.6, 3.0, "At each position the decoder predicts what comes next")
+    inputs = ["patch 0", "patch 1", "...", "patch 14", "patch 15", "start", "top", "left", "a"]
+    outputs = ["patch 1", "patch 2", "...", "patch 15", "", "top", "left", "a", "small"]
+    for x, (given, predicted) in enumerate(zip(inputs, outputs, strict=True)):
+        box(axis, (x + 0.5, 0.3), given, 0.84, 0.5)
+        arrow(axis, (x + 0.5, 0.6), (x + 0.5, 1.15 if x < 5 else 2.3))
+        if predicted:
+            box(axis, (x + 0.5, 4.0), predicted, 0.84, 0.5, True)
+            arrow(axis, (x + 0.5, 3.05), (x + 0.5, 3.7))
+    box(axis, (2.5, 1.45), "encoder: what you keep after training", 4.84, 0.56)
+    arrow(axis, (2.5, 1.78), (2.5, 2.3), "features")
+    box(axis, (4.5, 2.65), "decoder", 8.84, 0.66)
+    plt.show()
+
+
+# Lesson 01
+
+
+def draw_patch_axes():
+    """The axes that `reshape` makes of an image of 4 x 6 pixels, and their new order."""
+    _, axis = canvas(13, 5.4, 3.1, "reshape gives each index its own axis, permute sorts them")
+    for row in range(4):
+        for col in range(6):
+            is_marked = (row, col) == (3, 4)
+            box(axis, (0.9 + 0.7 * col, 3.9 - 0.7 * row), f"{row},{col}", 0.7, 0.7, is_marked)
+    for row in range(2):
+        for col in range(3):
+            corner = (0.55 + 1.4 * col, 1.45 + 1.4 * row)
+            axis.add_patch(plt.Rectangle(corner, 1.4, 1.4, fill=False, edgecolor="black", lw=2))
+    axis.text(2.65, 4.6, "pixel (row, column), p = 2", ha="center")
+    axis.text(2.65, 0.35, "pixel 3,4 is in patch row 1, patch column 2;\n"
+              "within the patch it is at 1, 0", ha="center", color=BLUE)
+    before, after = ["B", "C", "rows", "p", "cols", "p"], [0, 2, 4, 3, 5, 1]
+    for new, old in enumerate(after):
+        box(axis, (6.6 + 1.15 * new, 4.0), before[new], 1.0, 0.6)
+        box(axis, (6.6 + 1.15 * new, 1.6), before[old], 1.0, 0.6, True)
+        arrow(axis, (6.6 + 1.15 * old, 3.68), (6.6 + 1.15 * new, 1.92))
+    axis.text(9.5, 4.6, "axes after reshape", ha="center")
+    for x, width, text in ((6.6, 1.0, "B"), (8.325, 2.15, "n"), (11.2, 3.3, "P")):
+        axis.plot([x - width / 2, x + width / 2], [1.15, 1.15], color=GREY, lw=1.5)
+        axis.text(x, 0.65, text, ha="center")
+    plt.show()
+
+
+# Lesson 02
+
+
+def draw_targets(prefix_len, n):
+    """Position q has read patch q and predicts patch q + 1; which of them count."""
+    _, axis = canvas(1.4 * n + 1.6, 3, 2.2, f"M = {prefix_len}: the last patch of the prefix "
+                     "predicts the first patch that counts")
+    for k in range(n):
+        x = 2.2 + 1.4 * k
+        in_prefix = "\n(prefix)" if k < prefix_len else ""
+        seen = "\n(seen)" if 0 < k < prefix_len else ""
+        box(axis, (x, 0.5), f"patch {k}{in_prefix}", 1.1, 0.7)
+        counts = k >= prefix_len
+        box(axis, (x, 2.4), f"patch {k}{seen}", 1.1, 0.7, counts)
+        if k:
+            arrow(axis, (x - 1.3, 0.9), (x - 0.1, 2.0), colour=BLUE if counts else GREY)
+    axis.text(0.05, 0.5, "position has read", va="center", fontsize=8)
+    axis.text(0.05, 2.4, "predicts; blue\ncounts in the loss", va="center", fontsize=8)
+
+
+# Lesson 03
+
+
+def draw_attention():
+    """One query, here of patch 2, becomes one weighted mean of the values."""
+    _, axis = canvas(13, 5.6, 3.3,
+                     "One query: a score per key, a softmax, a weighted mean of the values")
+    for i in range(4):
+        y = 4.6 - i * 1.05
+        box(axis, (0.7, y), f"patch {i}", 1.2, 0.65, i == 2)
+        box(axis, (3.1, y), f"key {i}", 1.1, 0.65)
+        box(axis, (5.8, y), f"score {i}", 1.2, 0.65)
+        box(axis, (10.2, y), f"weight {i} · value {i}", 2.3, 0.65)
+        arrow(axis, (1.3, y), (2.55, y))
+        arrow(axis, (3.65, y), (5.2, y))
+        arrow(axis, (6.4, y), (7.2, y))
+        arrow(axis, (8.2, y), (9.05, y))
+        arrow(axis, (11.35, y), (12.0, 3.05 + (1.5 - i) * 0.15))
+    axis.text(2.0, 4.75, "$W_k$", ha="center", color=GREY)
+    box(axis, (3.1, 0.4), "query 2", 1.1, 0.65, True)
+    axis.plot([1.3, 1.6, 1.6], [2.35, 2.35, 0.4], color=BLUE, lw=1)
+    arrow(axis, (1.6, 0.4), (2.55, 0.4), colour=BLUE)
+    axis.text(2.05, 0.52, "$W_q$", ha="center", color=BLUE)
+    axis.plot([3.65, 4.3, 4.3], [0.4, 0.4, 4.4], color=BLUE, lw=1)
+    for i in range(4):
+        arrow(axis, (4.3, 4.4 - i * 1.05), (5.2, 4.4 - i * 1.05), colour=BLUE)
+    box(axis, (7.7, 3.03), "soft-\nmax", 1.0, 3.8, True)
+    axis.text(10.2, 0.6, "value $i$ = patch $i$ times $W_v$", ha="center", color=GREY)
+    box(axis, (12.5, 3.03), "sum:\noutput\nof 2", 0.9, 1.3, True)
+
+
+def draw_heads(names=("head 0", "head 1", "head 2")):
+    """Heads attend side by side, each with its own slice of the channels."""
+    _, axis = canvas(13.6, 4.6, 3.0,
+                     "Each head works on its own slice of the channels; proj mixes the results")
+    box(axis, (0.7, 2.2), "patches\n[n, D]", 1.2, 1.2)
+    box(axis, (2.7, 2.2), "qkv:\none\nmatmul\n[n, 3D]", 1.2, 1.9)
+    arrow(axis, (1.3, 2.2), (2.1, 2.2))
+    for i, name in enumerate(names):
+        y = 3.7 - i * 1.5
+        box(axis, (5.2, y), f"q, k, v of {name}\n3 x [n, D/h]", 2.2, 0.9, True)
+        arrow(axis, (3.3, 2.2 + (1 - i) * 0.4), (4.1, y))
+        arrow(axis, (6.3, y), (7.05, y))
+        for row in range(4):
+            for column in range(4):
+                share = ((i + 2) * (row + 1) + (3 * i + 5) * column) % 5 / 5  # any pattern
+                corner = 7.1 + column * 0.24, y + 0.24 - row * 0.24
+                axis.add_patch(plt.Rectangle(corner, 0.24, 0.24, facecolor=BLUE, alpha=0.1 + share,
+                                             edgecolor="white"))
+        arrow(axis, (8.1, y), (8.75, y))
+        box(axis, (9.5, y), "output\n[n, D/h]", 1.4, 0.9, True)
+        arrow(axis, (10.2, y), (10.9, 2.2 + (1 - i) * 0.4))
+    axis.text(7.58, 0.0, "weights [n, n]", ha="center", color=GREY)
+    box(axis, (11.5, 2.2), "side\nby side\n[n, D]", 1.1, 1.6)
+    arrow(axis, (12.05, 2.2), (12.45, 2.2))
+    box(axis, (13.0, 2.2), "proj\n[n, D]", 1.0, 1.2)
+
+
+def draw_patches(pixels, patches, places):
+    """An image beside some of its patches u8[N, P], as squares."""
+    figure, axes = plt.subplots(1, 1 + len(places), figsize=(WIDTH, 2), layout="constrained",
+                                width_ratios=[2] + [1] * len(places))
+    show_image(axes[0], pixels, "the scene")
+    for axis, k in zip(axes[1:], places, strict=True):
+        side = int((patches.shape[-1] / 3) ** 0.5)
+        show_image(axis, patches[k].reshape(side, side, 3), f"patch {k}")
+
+
+def draw_weights(rows):
+    """Attention weights of one query as bars: {title: weights [keys]}."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(WIDTH, 2.1), layout="constrained",
+                                sharey=True)
+    for axis, (name, weights) in zip(axes, rows.items(), strict=True):
+        axis.bar(range(len(weights)), weights, color=BLUE)
+        axis.set(xlabel="key", ylabel="attention weight", title=name)
+
+
+def draw_maps(pixels, rows, title, label, low=0.0, high=1.0, cmap="Blues"):
+    """Lessons 03 and 04: what one patch has to do with each patch of an image of 4 x 4 patches.
+
+    rows: {framed patch k: {title: values [16]}}; label: what the colours mean.
+    """
+    count = 1 + max(len(maps) for maps in rows.values())
+    width = min(WIDTH, 1.6 * count)
+    height = 0.35 + len(rows) * (0.35 + 0.8 * width / count)
+    figure, axes = plt.subplots(len(rows), count, figsize=(width, height), layout="constrained",
+                                squeeze=False)
+    side = pixels.shape[0] // 4
+    for line, (k, maps) in zip(axes, rows.items(), strict=True):
+        show_image(line[0], pixels, f"patch {k}")
+        corner = k % 4 * side - 0.5, k // 4 * side - 0.5
+        line[0].add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor="white", lw=1.5))
+        for axis, (name, values) in zip(line[1:], maps.items(), strict=True):
+            shown = axis.imshow(values.reshape(4, 4), cmap=cmap, vmin=low, vmax=high)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(name, loc="center", fontsize=9)
+            axis.spines[:].set(visible=True, color=GREY)
+    figure.colorbar(shown, ax=axes, label=label, shrink=0.8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+
+
+# Lesson 04
+
+
+def draw_swiglu():
+    """Two linear layers in, a product, one linear layer out."""
+    _, axis = canvas(12, 3.4, 2.3, "SwiGLU: the gate says how much of each value passes")
+    box(axis, (0.8, 1.7), "x\n[n, D]", 1.1, 0.9)
+    box(axis, (3.1, 2.6), "fc1: gates\n[n, H]", 1.8, 0.9, True)
+    box(axis, (3.1, 0.8), "fc3: values\n[n, H]", 1.8, 0.9, True)
+    box(axis, (5.6, 2.6), "silu", 1.1, 0.9, True)
+    box(axis, (7.5, 1.7), "multiply\n[n, H]", 1.5, 0.9, True)
+    box(axis, (9.5, 1.7), "fc2\n[n, D]", 1.2, 0.9, True)
+    arrow(axis, (1.35, 1.85), (2.2, 2.6))
+    arrow(axis, (1.35, 1.55), (2.2, 0.8))
+    arrow(axis, (4.0, 2.6), (5.05, 2.6))
+    arrow(axis, (6.15, 2.6), (6.9, 2.15))
+    arrow(axis, (4.0, 0.8), (6.9, 1.25))
+    arrow(axis, (8.25, 1.7), (8.9, 1.7))
+    arrow(axis, (10.1, 1.7), (11.2, 1.7), "out")
+
+
+def draw_block():
+    """The pre-norm block, two branches that add to the residual stream."""
+    _, axis = canvas(13, 3.2, 2.3,
+                     "A block: two branches read a normalised copy of x and add their result to it")
+    axis.text(0.1, 0.72, "x", ha="center", va="center")
+    for start, layer in ((0.7, "attention"), (6.7, "SwiGLU")):
+        box(axis, (start + 1.5, 2.3), "RMSNorm", 1.5, 0.8, True)
+        box(axis, (start + 3.6, 2.3), layer, 1.5, 0.8, True)
+        axis.plot([start, start], [0.7, 2.3], color=BLUE, lw=1)
+        arrow(axis, (start, 2.3), (start + 0.75, 2.3), colour=BLUE)
+        arrow(axis, (start + 2.25, 2.3), (start + 2.85, 2.3), colour=BLUE)
+        axis.plot([start + 4.35, start + 5.1], [2.3, 2.3], color=BLUE, lw=1)
+        arrow(axis, (start + 5.1, 2.3), (start + 5.1, 0.97), colour=BLUE)
+        axis.text(start + 5.1, 0.7, "+", ha="center", va="center", color="white",
+                  bbox={"boxstyle": "circle,pad=0.2", "facecolor": BLUE, "edgecolor": BLUE})
+    for left, right in ((0.3, 5.55), (6.05, 11.55)):
+        arrow(axis, (left, 0.7), (right, 0.7))
+    arrow(axis, (12.05, 0.7), (12.8, 0.7))
+    axis.text(3.3, 0.25, "residual stream: f[B, n, D], the sum of all that was added", color=GREY)
+
+
+def draw_encoder():
+    """The encoder from patches to features."""
+    _, axis = canvas(13.4, 3.2, 2.3,
+                     "The encoder: embed, add positions, blocks under the mask, a last norm")
+    parts = (("patches\n[n, P]", 1.4), ("linear\n+ bias", 1.3), ("RMSNorm", 1.5), ("+", 0.6),
+             ("block", 1.1), ("block", 1.1), ("block", 1.1), ("RMSNorm", 1.5))
+    x = 0.1
+    for i, (name, width) in enumerate(parts):
+        box(axis, (x + width / 2, 1.6), name, width, 0.95, i > 0)
+        arrow(axis, (x + width, 1.6), (x + width + 0.4, 1.6))
+        if name == "+":
+            box(axis, (x + width / 2, 0.35), "positions", 1.6, 0.6)
+            arrow(axis, (x + width / 2, 0.65), (x + width / 2, 1.12))
+        if i == 5:
+            box(axis, (x + width / 2, 2.85), "prefix mask (lesson 02)", 3.4, 0.6)
+            for shift in (-1.5, 0, 1.5):
+                arrow(axis, (x + width / 2 + shift, 2.55), (x + width / 2 + shift, 2.08))
+        x += width + 0.4
+    axis.text(x + 0.05, 1.6, "features\n[n, D]", va="center")
+
+
+def draw_sizes(**curves):
+    """The size of x after each layer of a stack, on a logarithmic axis."""
+    _, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.3), layout="constrained")
+    names = {"plain": "x = layer(x)", "added": "x = x + layer(x)",
+             "normed": "x = x + layer(norm(x))"}
+    for (name, sizes), colour in zip(curves.items(), (GREY, ORANGE, BLUE), strict=True):
+        axis.semilogy(range(1, len(sizes) + 1), sizes, color=colour, label=names[name])
+    axis.set(xlabel="layer", ylabel="root mean square of x",
+             title="Only a residual branch behind a norm keeps the size of x in check")
+    axis.legend()
+
+
+def draw_gates():
+    """What passes a gate of SwiGLU."""
+    _, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.1), layout="constrained")
+    gate = np.linspace(-6, 6, 200)
+    for value, colour in ((-2, ORANGE), (1, GREY), (2, BLUE)):
+        axis.plot(gate, gate / (1 + np.exp(-gate)) * value, color=colour, label=f"value {value}")
+    axis.set(xlabel="gate g, before silu", ylabel="what passes: silu(g) · value",
+             title="A gate far below 0 is shut; above 0 it multiplies")
+    axis.legend()
+
+
+def draw_positions(table, nearness):
+    """Sin-cos vectors [N, D] of a grid, and a map [rows, cols] of cosines with one."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 0.85, 2.2), layout="constrained",
+                                width_ratios=[1.5, 1])
+    half = table.shape[1] // 2
+    axes[0].imshow(table, cmap="RdBu", aspect="auto")
+    axes[0].set(xlabel=f"channel (0 to {half - 1}: column, {half} to {2 * half - 1}: row)",
+                ylabel="patch", title="Columns repeat in each row; rows change slowly")
+    shown = axes[1].imshow(nearness)
+    axes[1].set(xlabel="column", ylabel="row", title="Places near (2, 3) are most like it")
+    figure.colorbar(shown, ax=axes[1], label="cosine similarity", shrink=0.9)
+
+
+# Lesson 05
+
+
 def draw_decoder_sequence(reads, predicts, num_patches):
-    """Lesson 05: what each position reads and predicts, which inputs its state has seen, and the
+    """What each position reads and predicts, which inputs its state has seen, and the
     same as a mask; blue is the image, orange the text."""
     _, axis = canvas(14.4, 4.7, 3.7)
     x = [0.75 + 1.32 * s for s in range(len(reads))]
@@ -49,7 +321,7 @@ def draw_causal_mask(axis, reads, left, top, size):
 
 
 def draw_layouts(layouts):
-    """Lesson 05: where the padding of a batch stands: {title: rows of names} side by side."""
+    """Where the padding of a batch stands: {title: rows of names} side by side."""
     _, axis = canvas(13.4, 3, 1.6)
     for left, (title, rows) in zip((0.6, 7.4), layouts.items(), strict=True):
         axis.text(left - 0.5, 2.7, title)
@@ -62,7 +334,7 @@ def draw_layouts(layouts):
     plt.show()
 
 
-# Text (lesson 07)
+# Lesson 07
 
 
 def draw_merging(rows, title):
@@ -102,7 +374,7 @@ def draw_tokens(texts, title):
     plt.show()
 
 
-# Data (lesson 08)
+# Lesson 08
 
 
 def draw_tar(members, size, title):
@@ -209,258 +481,67 @@ def draw_micro_batches(place, ranks, steps, grad_accum, title):
     plt.show()
 
 
-def draw_attention():
-    """Lesson 03: one query, here of patch 2, becomes one weighted mean of the values."""
-    _, axis = canvas(13, 5.6, 3.3,
-                     "One query: a score per key, a softmax, a weighted mean of the values")
-    for i in range(4):
-        y = 4.6 - i * 1.05
-        box(axis, (0.7, y), f"patch {i}", 1.2, 0.65, i == 2)
-        box(axis, (3.1, y), f"key {i}", 1.1, 0.65)
-        box(axis, (5.8, y), f"score {i}", 1.2, 0.65)
-        box(axis, (10.2, y), f"weight {i} · value {i}", 2.3, 0.65)
-        arrow(axis, (1.3, y), (2.55, y))
-        arrow(axis, (3.65, y), (5.2, y))
-        arrow(axis, (6.4, y), (7.2, y))
-        arrow(axis, (8.2, y), (9.05, y))
-        arrow(axis, (11.35, y), (12.0, 3.05 + (1.5 - i) * 0.15))
-    axis.text(2.0, 4.75, "$W_k$", ha="center", color=GREY)
-    box(axis, (3.1, 0.4), "query 2", 1.1, 0.65, True)
-    axis.plot([1.3, 1.6, 1.6], [2.35, 2.35, 0.4], color=BLUE, lw=1)
-    arrow(axis, (1.6, 0.4), (2.55, 0.4), colour=BLUE)
-    axis.text(2.05, 0.52, "$W_q$", ha="center", color=BLUE)
-    axis.plot([3.65, 4.3, 4.3], [0.4, 0.4, 4.4], color=BLUE, lw=1)
-    for i in range(4):
-        arrow(axis, (4.3, 4.4 - i * 1.05), (5.2, 4.4 - i * 1.05), colour=BLUE)
-    box(axis, (7.7, 3.03), "soft-\nmax", 1.0, 3.8, True)
-    axis.text(10.2, 0.6, "value $i$ = patch $i$ times $W_v$", ha="center", color=GREY)
-    box(axis, (12.5, 3.03), "sum:\noutput\nof 2", 0.9, 1.3, True)
+# Lesson 09
 
 
-def draw_heads(names=("head 0", "head 1", "head 2")):
-    """Lesson 03: heads attend side by side, each with its own slice of the channels."""
-    _, axis = canvas(13.6, 4.6, 3.0,
-                     "Each head works on its own slice of the channels; proj mixes the results")
-    box(axis, (0.7, 2.2), "patches\n[n, D]", 1.2, 1.2)
-    box(axis, (2.7, 2.2), "qkv:\none\nmatmul\n[n, 3D]", 1.2, 1.9)
-    arrow(axis, (1.3, 2.2), (2.1, 2.2))
-    for i, name in enumerate(names):
-        y = 3.7 - i * 1.5
-        box(axis, (5.2, y), f"q, k, v of {name}\n3 x [n, D/h]", 2.2, 0.9, True)
-        arrow(axis, (3.3, 2.2 + (1 - i) * 0.4), (4.1, y))
-        arrow(axis, (6.3, y), (7.05, y))
-        for row in range(4):
-            for column in range(4):
-                share = ((i + 2) * (row + 1) + (3 * i + 5) * column) % 5 / 5  # any pattern
-                corner = 7.1 + column * 0.24, y + 0.24 - row * 0.24
-                axis.add_patch(plt.Rectangle(corner, 0.24, 0.24, facecolor=BLUE, alpha=0.1 + share,
-                                             edgecolor="white"))
-        arrow(axis, (8.1, y), (8.75, y))
-        box(axis, (9.5, y), "output\n[n, D/h]", 1.4, 0.9, True)
-        arrow(axis, (10.2, y), (10.9, 2.2 + (1 - i) * 0.4))
-    axis.text(7.58, 0.0, "weights [n, n]", ha="center", color=GREY)
-    box(axis, (11.5, 2.2), "side\nby side\n[n, D]", 1.1, 1.6)
-    arrow(axis, (12.05, 2.2), (12.45, 2.2))
-    box(axis, (13.0, 2.2), "proj\n[n, D]", 1.0, 1.2)
-
-
-def draw_swiglu():
-    """Lesson 04: two linear layers in, a product, one linear layer out."""
-    _, axis = canvas(12, 3.4, 2.3, "SwiGLU: the gate says how much of each value passes")
-    box(axis, (0.8, 1.7), "x\n[n, D]", 1.1, 0.9)
-    box(axis, (3.1, 2.6), "fc1: gates\n[n, H]", 1.8, 0.9, True)
-    box(axis, (3.1, 0.8), "fc3: values\n[n, H]", 1.8, 0.9, True)
-    box(axis, (5.6, 2.6), "silu", 1.1, 0.9, True)
-    box(axis, (7.5, 1.7), "multiply\n[n, H]", 1.5, 0.9, True)
-    box(axis, (9.5, 1.7), "fc2\n[n, D]", 1.2, 0.9, True)
-    arrow(axis, (1.35, 1.85), (2.2, 2.6))
-    arrow(axis, (1.35, 1.55), (2.2, 0.8))
-    arrow(axis, (4.0, 2.6), (5.05, 2.6))
-    arrow(axis, (6.15, 2.6), (6.9, 2.15))
-    arrow(axis, (4.0, 0.8), (6.9, 1.25))
-    arrow(axis, (8.25, 1.7), (8.9, 1.7))
-    arrow(axis, (10.1, 1.7), (11.2, 1.7), "out")
-
-
-def draw_block():
-    """Lesson 04: the pre-norm block, two branches that add to the residual stream."""
-    _, axis = canvas(13, 3.2, 2.3,
-                     "A block: two branches read a normalised copy of x and add their result to it")
-    axis.text(0.1, 0.72, "x", ha="center", va="center")
-    for start, layer in ((0.7, "attention"), (6.7, "SwiGLU")):
-        box(axis, (start + 1.5, 2.3), "RMSNorm", 1.5, 0.8, True)
-        box(axis, (start + 3.6, 2.3), layer, 1.5, 0.8, True)
-        axis.plot([start, start], [0.7, 2.3], color=BLUE, lw=1)
-        arrow(axis, (start, 2.3), (start + 0.75, 2.3), colour=BLUE)
-        arrow(axis, (start + 2.25, 2.3), (start + 2.85, 2.3), colour=BLUE)
-        axis.plot([start + 4.35, start + 5.1], [2.3, 2.3], color=BLUE, lw=1)
-        arrow(axis, (start + 5.1, 2.3), (start + 5.1, 0.97), colour=BLUE)
-        axis.text(start + 5.1, 0.7, "+", ha="center", va="center", color="white",
-                  bbox={"boxstyle": "circle,pad=0.2", "facecolor": BLUE, "edgecolor": BLUE})
-    for left, right in ((0.3, 5.55), (6.05, 11.55)):
-        arrow(axis, (left, 0.7), (right, 0.7))
-    arrow(axis, (12.05, 0.7), (12.8, 0.7))
-    axis.text(3.3, 0.25, "residual stream: f[B, n, D], the sum of all that was added", color=GREY)
-
-
-def draw_encoder():
-    """Lesson 04: the encoder from patches to features."""
-    _, axis = canvas(13.4, 3.2, 2.3,
-                     "The encoder: embed, add positions, blocks under the mask, a last norm")
-    parts = (("patches\n[n, P]", 1.4), ("linear\n+ bias", 1.3), ("RMSNorm", 1.5), ("+", 0.6),
-             ("block", 1.1), ("block", 1.1), ("block", 1.1), ("RMSNorm", 1.5))
-    x = 0.1
-    for i, (name, width) in enumerate(parts):
-        box(axis, (x + width / 2, 1.6), name, width, 0.95, i > 0)
-        arrow(axis, (x + width, 1.6), (x + width + 0.4, 1.6))
-        if name == "+":
-            box(axis, (x + width / 2, 0.35), "positions", 1.6, 0.6)
-            arrow(axis, (x + width / 2, 0.65), (x + width / 2, 1.12))
-        if i == 5:
-            box(axis, (x + width / 2, 2.85), "prefix mask (lesson 02)", 3.4, 0.6)
-            for shift in (-1.5, 0, 1.5):
-                arrow(axis, (x + width / 2 + shift, 2.55), (x + width / 2 + shift, 2.08))
-        x += width + 0.4
-    axis.text(x + 0.05, 1.6, "features\n[n, D]", va="center")
-
-
-def draw_patches(pixels, patches, places):
-    """Lesson 03: an image beside some of its patches u8[N, P], as squares."""
-    figure, axes = plt.subplots(1, 1 + len(places), figsize=(WIDTH, 2), layout="constrained",
-                                width_ratios=[2] + [1] * len(places))
-    show_image(axes[0], pixels, "the scene")
-    for axis, k in zip(axes[1:], places, strict=True):
-        side = int((patches.shape[-1] / 3) ** 0.5)
-        show_image(axis, patches[k].reshape(side, side, 3), f"patch {k}")
-
-
-def draw_weights(rows):
-    """Lesson 03: attention weights of one query as bars: {title: weights [keys]}."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(WIDTH, 2.1), layout="constrained",
-                                sharey=True)
-    for axis, (name, weights) in zip(axes, rows.items(), strict=True):
-        axis.bar(range(len(weights)), weights, color=BLUE)
-        axis.set(xlabel="key", ylabel="attention weight", title=name)
-
-
-def draw_maps(pixels, rows, title, label, low=0.0, high=1.0, cmap="Blues"):
-    """Lessons 03 and 04: what one patch has to do with each patch of an image of 4 x 4 patches.
-
-    rows: {framed patch k: {title: values [16]}}; label: what the colours mean.
-    """
-    count = 1 + max(len(maps) for maps in rows.values())
-    width = min(WIDTH, 1.6 * count)
-    height = 0.35 + len(rows) * (0.35 + 0.8 * width / count)
-    figure, axes = plt.subplots(len(rows), count, figsize=(width, height), layout="constrained",
-                                squeeze=False)
-    side = pixels.shape[0] // 4
-    for line, (k, maps) in zip(axes, rows.items(), strict=True):
-        show_image(line[0], pixels, f"patch {k}")
-        corner = k % 4 * side - 0.5, k // 4 * side - 0.5
-        line[0].add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor="white", lw=1.5))
-        for axis, (name, values) in zip(line[1:], maps.items(), strict=True):
-            shown = axis.imshow(values.reshape(4, 4), cmap=cmap, vmin=low, vmax=high)
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(name, loc="center", fontsize=9)
-            axis.spines[:].set(visible=True, color=GREY)
-    figure.colorbar(shown, ax=axes, label=label, shrink=0.8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-
-
-def draw_sizes(**curves):
-    """Lesson 04: the size of x after each layer of a stack, on a logarithmic axis."""
-    _, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.3), layout="constrained")
-    names = {"plain": "x = layer(x)", "added": "x = x + layer(x)",
-             "normed": "x = x + layer(norm(x))"}
-    for (name, sizes), colour in zip(curves.items(), (GREY, ORANGE, BLUE), strict=True):
-        axis.semilogy(range(1, len(sizes) + 1), sizes, color=colour, label=names[name])
-    axis.set(xlabel="layer", ylabel="root mean square of x",
-             title="Only a residual branch behind a norm keeps the size of x in check")
-    axis.legend()
-
-
-def draw_gates():
-    """Lesson 04: what passes a gate of SwiGLU."""
-    _, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.1), layout="constrained")
-    gate = np.linspace(-6, 6, 200)
-    for value, colour in ((-2, ORANGE), (1, GREY), (2, BLUE)):
-        axis.plot(gate, gate / (1 + np.exp(-gate)) * value, color=colour, label=f"value {value}")
-    axis.set(xlabel="gate g, before silu", ylabel="what passes: silu(g) · value",
-             title="A gate far below 0 is shut; above 0 it multiplies")
-    axis.legend()
-
-
-def draw_positions(table, nearness):
-    """Lesson 04: sin-cos vectors [N, D] of a grid, and a map [rows, cols] of cosines with one."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 0.85, 2.2), layout="constrained",
-                                width_ratios=[1.5, 1])
-    half = table.shape[1] // 2
-    axes[0].imshow(table, cmap="RdBu", aspect="auto")
-    axes[0].set(xlabel=f"channel (0 to {half - 1}: column, {half} to {2 * half - 1}: row)",
-                ylabel="patch", title="Columns repeat in each row; rows change slowly")
-    shown = axes[1].imshow(nearness)
-    axes[1].set(xlabel="column", ylabel="row", title="Places near (2, 3) are most like it")
-    figure.colorbar(shown, ax=axes[1], label="cosine similarity", shrink=0.9)
-
-
-def draw_task():
-    """Lesson 00: what goes in and what is predicted, at each place of the sequence."""
-    _, axis = canvas(9, 4.6, 3.0, "At each position the decoder predicts what comes next")
-    inputs = ["patch 0", "patch 1", "...", "patch 14", "patch 15", "start", "top", "left", "a"]
-    outputs = ["patch 1", "patch 2", "...", "patch 15", "", "top", "left", "a", "small"]
-    for x, (given, predicted) in enumerate(zip(inputs, outputs, strict=True)):
-        box(axis, (x + 0.5, 0.3), given, 0.84, 0.5)
-        arrow(axis, (x + 0.5, 0.6), (x + 0.5, 1.15 if x < 5 else 2.3))
-        if predicted:
-            box(axis, (x + 0.5, 4.0), predicted, 0.84, 0.5, True)
-            arrow(axis, (x + 0.5, 3.05), (x + 0.5, 3.7))
-    box(axis, (2.5, 1.45), "encoder: what you keep after training", 4.84, 0.56)
-    arrow(axis, (2.5, 1.78), (2.5, 2.3), "features")
-    box(axis, (4.5, 2.65), "decoder", 8.84, 0.66)
+def draw_ddp():
+    """What each of two ranks holds under DDP, and what they exchange."""
+    _, axis = canvas(10, 3.6, 2.6, "DDP: each rank holds everything and reads half of the batch; "
+                                   "gradients are exchanged once per step")
+    for rank, y in ((0, 2.9), (1, 0.7)):
+        axis.text(0, y, f"rank {rank}", va="center")
+        parts = ((1.5, "its rows of\nthe batch"), (3.5, "all weights:\nforward"),
+                 (5.9, "all gradients"), (8.4, "all of m and v:\nAdamW step"))
+        for (x, text), (u, _) in zip(parts, ((0, ""), *parts), strict=False):
+            box(axis, (x, y), text, 1.6, 0.9, is_blue=text == "all gradients")
+            if u:
+                arrow(axis, (u + 0.8, y), (x - 0.8, y))
+    arrow(axis, (5.9, 2.45), (5.9, 1.15), colour=BLUE, style="<->")
+    axis.text(6.05, 1.8, "all-reduce: both get the mean", va="center", color=BLUE, fontsize=8)
     plt.show()
 
 
-def draw_patch_axes():
-    """Lesson 01: the axes that `reshape` makes of an image of 4 x 6 pixels, and their new order."""
-    _, axis = canvas(13, 5.4, 3.1, "reshape gives each index its own axis, permute sorts them")
-    for row in range(4):
-        for col in range(6):
-            is_marked = (row, col) == (3, 4)
-            box(axis, (0.9 + 0.7 * col, 3.9 - 0.7 * row), f"{row},{col}", 0.7, 0.7, is_marked)
-    for row in range(2):
-        for col in range(3):
-            corner = (0.55 + 1.4 * col, 1.45 + 1.4 * row)
-            axis.add_patch(plt.Rectangle(corner, 1.4, 1.4, fill=False, edgecolor="black", lw=2))
-    axis.text(2.65, 4.6, "pixel (row, column), p = 2", ha="center")
-    axis.text(2.65, 0.35, "pixel 3,4 is in patch row 1, patch column 2;\n"
-              "within the patch it is at 1, 0", ha="center", color=BLUE)
-    before, after = ["B", "C", "rows", "p", "cols", "p"], [0, 2, 4, 3, 5, 1]
-    for new, old in enumerate(after):
-        box(axis, (6.6 + 1.15 * new, 4.0), before[new], 1.0, 0.6)
-        box(axis, (6.6 + 1.15 * new, 1.6), before[old], 1.0, 0.6, True)
-        arrow(axis, (6.6 + 1.15 * old, 3.68), (6.6 + 1.15 * new, 1.92))
-    axis.text(9.5, 4.6, "axes after reshape", ha="center")
-    for x, width, text in ((6.6, 1.0, "B"), (8.325, 2.15, "n"), (11.2, 3.3, "P")):
-        axis.plot([x - width / 2, x + width / 2], [1.15, 1.15], color=GREY, lw=1.5)
-        axis.text(x, 0.65, text, ha="center")
+def draw_fsdp():
+    """What each of two ranks holds under FSDP, and what they exchange."""
+    _, axis = canvas(11.6, 4.2, 3, "FSDP: each rank keeps half of everything; a block is whole "
+                                   "only while it is computed")
+    parts = ((1.3, "half of the\nweights"), (3.3, "one block whole:\nforward"),
+             (5.5, "one block whole:\nbackward"), (7.8, "half of the\ngradients"),
+             (10.2, "half of m and v:\nAdamW step"))
+    for rank, y in ((0, 3.5), (1, 0.8)):
+        axis.text(-0.3, y, f"rank {rank}", va="center")
+        for i, (x, text) in enumerate(parts):
+            box(axis, (x, y), text, 1.8, 1.0, is_blue=text.startswith("half"))
+            if i:
+                arrow(axis, (parts[i - 1][0] + 0.9, y), (x - 0.9, y))
+    for x, text in ((3.3, "all-gather\nweights"), (5.5, "all-gather\nweights"),
+                    (7.8, "reduce-scatter\ngradients")):
+        arrow(axis, (x, 3), (x, 1.3), colour=BLUE, style="<->")
+        axis.text(x + 0.1, 2.15, text, va="center", color=BLUE, fontsize=8)
+    axis.text(4.4, 0.05, "repeated for each block", ha="center", va="center", fontsize=8)
     plt.show()
 
 
-def draw_targets(prefix_len, n):
-    """Lesson 02: position q has read patch q and predicts patch q + 1; which of them count."""
-    _, axis = canvas(1.4 * n + 1.6, 3, 2.2, f"M = {prefix_len}: the last patch of the prefix "
-                     "predicts the first patch that counts")
-    for k in range(n):
-        x = 2.2 + 1.4 * k
-        in_prefix = "\n(prefix)" if k < prefix_len else ""
-        seen = "\n(seen)" if 0 < k < prefix_len else ""
-        box(axis, (x, 0.5), f"patch {k}{in_prefix}", 1.1, 0.7)
-        counts = k >= prefix_len
-        box(axis, (x, 2.4), f"patch {k}{seen}", 1.1, 0.7, counts)
-        if k:
-            arrow(axis, (x - 1.3, 0.9), (x - 0.1, 2.0), colour=BLUE if counts else GREY)
-    axis.text(0.05, 0.5, "position has read", va="center", fontsize=8)
-    axis.text(0.05, 2.4, "predicts; blue\ncounts in the loss", va="center", fontsize=8)
+# Lesson 10
+
+
+def draw_late_read():
+    """When the CPU reads a number of the GPU: at once, or a step later."""
+    _, axis = canvas(12, 5.6, 3, "Read at once, the GPU has nothing to do in between; read a step "
+                                 "later, it is never idle")
+    rows = (("at once", 5.1, ((0, 1, "launch 0"), (3.6, 0.9, "read 0"), (4.5, 1, "launch 1"),
+                              (8.1, 0.9, "read 1")),
+             ((1, 2.6, "step 0"), (5.5, 2.6, "step 1"))),
+            ("a step later", 2.4, ((0, 1, "launch 0"), (1, 1, "launch 1"), (3.6, 0.9, "read 0"),
+                                   (4.5, 1, "launch 2"), (6.2, 0.9, "read 1")),
+             ((1, 2.6, "step 0"), (3.6, 2.6, "step 1"), (6.2, 2.6, "step 2"))))
+    for name, y, cpu, gpu in rows:
+        axis.text(0, y, f"{name}:  CPU", va="center")
+        axis.text(1.75, y - 1, "GPU", va="center", ha="right")
+        for height, parts in ((y, cpu), (y - 1, gpu)):
+            for x, width, text in parts:
+                box(axis, (2 + x + width / 2, height), text, width, 0.8, is_blue=parts is gpu)
+    arrow(axis, (2, 0.5), (11.5, 0.5), "time")
 
 
 # Lesson 11
@@ -534,68 +615,11 @@ def draw_patch_sampler():
     axis.text(8.0, 0.18, "a short step towards it, then the next t", color=GREY, fontsize=8)
 
 
-# Lessons 09 and 10: training
-
-
-def draw_ddp():
-    """What each of two ranks holds under DDP, and what they exchange."""
-    _, axis = canvas(10, 3.6, 2.6, "DDP: each rank holds everything and reads half of the batch; "
-                                   "gradients are exchanged once per step")
-    for rank, y in ((0, 2.9), (1, 0.7)):
-        axis.text(0, y, f"rank {rank}", va="center")
-        parts = ((1.5, "its rows of\nthe batch"), (3.5, "all weights:\nforward"),
-                 (5.9, "all gradients"), (8.4, "all of m and v:\nAdamW step"))
-        for (x, text), (u, _) in zip(parts, ((0, ""), *parts), strict=False):
-            box(axis, (x, y), text, 1.6, 0.9, is_blue=text == "all gradients")
-            if u:
-                arrow(axis, (u + 0.8, y), (x - 0.8, y))
-    arrow(axis, (5.9, 2.45), (5.9, 1.15), colour=BLUE, style="<->")
-    axis.text(6.05, 1.8, "all-reduce: both get the mean", va="center", color=BLUE, fontsize=8)
-    plt.show()
-
-
-def draw_fsdp():
-    """What each of two ranks holds under FSDP, and what they exchange."""
-    _, axis = canvas(11.6, 4.2, 3, "FSDP: each rank keeps half of everything; a block is whole "
-                                   "only while it is computed")
-    parts = ((1.3, "half of the\nweights"), (3.3, "one block whole:\nforward"),
-             (5.5, "one block whole:\nbackward"), (7.8, "half of the\ngradients"),
-             (10.2, "half of m and v:\nAdamW step"))
-    for rank, y in ((0, 3.5), (1, 0.8)):
-        axis.text(-0.3, y, f"rank {rank}", va="center")
-        for i, (x, text) in enumerate(parts):
-            box(axis, (x, y), text, 1.8, 1.0, is_blue=text.startswith("half"))
-            if i:
-                arrow(axis, (parts[i - 1][0] + 0.9, y), (x - 0.9, y))
-    for x, text in ((3.3, "all-gather\nweights"), (5.5, "all-gather\nweights"),
-                    (7.8, "reduce-scatter\ngradients")):
-        arrow(axis, (x, 3), (x, 1.3), colour=BLUE, style="<->")
-        axis.text(x + 0.1, 2.15, text, va="center", color=BLUE, fontsize=8)
-    axis.text(4.4, 0.05, "repeated for each block", ha="center", va="center", fontsize=8)
-    plt.show()
-
-
-def draw_late_read():
-    """When the CPU reads a number of the GPU: at once, or a step later."""
-    _, axis = canvas(12, 5.6, 3, "Read at once, the GPU has nothing to do in between; read a step "
-                                 "later, it is never idle")
-    rows = (("at once", 5.1, ((0, 1, "launch 0"), (3.6, 0.9, "read 0"), (4.5, 1, "launch 1"),
-                              (8.1, 0.9, "read 1")),
-             ((1, 2.6, "step 0"), (5.5, 2.6, "step 1"))),
-            ("a step later", 2.4, ((0, 1, "launch 0"), (1, 1, "launch 1"), (3.6, 0.9, "read 0"),
-                                   (4.5, 1, "launch 2"), (6.2, 0.9, "read 1")),
-             ((1, 2.6, "step 0"), (3.6, 2.6, "step 1"), (6.2, 2.6, "step 2"))))
-    for name, y, cpu, gpu in rows:
-        axis.text(0, y, f"{name}:  CPU", va="center")
-        axis.text(1.75, y - 1, "GPU", va="center", ha="right")
-        for height, parts in ((y, cpu), (y - 1, gpu)):
-            for x, width, text in parts:
-                box(axis, (2 + x + width / 2, height), text, width, 0.8, is_blue=parts is gpu)
-    arrow(axis, (2, 0.5), (11.5, 0.5), "time")
+# Lesson 13
 
 
 def draw_probe():
-    """Lesson 13: the same probe on three sources of tokens."""
+    """The same probe on three sources of tokens."""
     _, axis = canvas(10, 3.6, 2.6, "One probe, three sources: only the source differs")
     box(axis, (0.9, 1.7), "400 scenes\nto train,\n300 to test", 1.5, 1.1)
     sources = ("trained encoder,\nfrozen", "untrained encoder,\nfrozen", "raw patches")
@@ -610,7 +634,7 @@ def draw_probe():
 
 
 def draw_one_query():
-    """Lesson 13: one learned query attends over the patches of an image."""
+    """One learned query attends over the patches of an image."""
     _, axis = canvas(10, 4, 2.8, "The attentive probe: blue is learned, the features are frozen")
     for i, weight in enumerate((0.05, 0.1, 0.8, 0.05)):
         x = 0.9 + 1.3 * i
@@ -629,21 +653,11 @@ def draw_one_query():
     plt.show()
 
 
-def draw_study():
-    """Lesson 15: from arms to verdicts."""
-    _, axis = canvas(10, 2.6, 1.9, "A study: every arm is trained alike, several times")
-    steps = ("arms x numbers\nof samples\nx seeds", "one run each:\ntrain.py",
-             "one row each:\nprobe, losses", "one cell per arm\nand number\nof samples",
-             "claim: holds, fails,\ninconclusive")
-    for i, step in enumerate(steps):
-        x = 1 + 2 * i
-        box(axis, (x, 1.3), step, 1.6, 1.2, i == 4)
-        if i:
-            arrow(axis, (x - 1.2, 1.3), (x - 0.8, 1.3))
+# Lesson 14
 
 
 def draw_grids(images, title, blue=()):
-    """Images side by side and to scale, each cut into its grid of patches: lesson 14.
+    """Images side by side and to scale, each cut into its grid of patches.
 
     Args: images: [((width, height) in pixels, (rows, cols))]; blue: numbers of those that the
         drawing is about.
@@ -665,3 +679,19 @@ def draw_grids(images, title, blue=()):
                   f"{cols} = {rows * cols} patches", ha="center", va="bottom", fontsize=8)
         left += width + gap
     plt.show()
+
+
+# Lesson 15
+
+
+def draw_study():
+    """From arms to verdicts."""
+    _, axis = canvas(10, 2.6, 1.9, "A study: every arm is trained alike, several times")
+    steps = ("arms x numbers\nof samples\nx seeds", "one run each:\ntrain.py",
+             "one row each:\nprobe, losses", "one cell per arm\nand number\nof samples",
+             "claim: holds, fails,\ninconclusive")
+    for i, step in enumerate(steps):
+        x = 1 + 2 * i
+        box(axis, (x, 1.3), step, 1.6, 1.2, i == 4)
+        if i:
+            arrow(axis, (x - 1.2, 1.3), (x - 0.8, 1.3))

@@ -38,6 +38,8 @@ from nano_aimv2.training.checkpoint import load_model  # noqa: E402
 
 PALE = "#edf2f7"
 TOY = ROOT / "lessons/models/toy"
+# Of the processes that lessons start: one thread each, and the package is found from any folder
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # The way of a sample through the project. station: (lessons, (column, row), what it reads)
 MAP = {
     "data": ("08", (0, 1), ("your images",)),
@@ -57,12 +59,12 @@ MAP = {
 }
 
 
-def start(lesson=None):
+def start(lesson):
     """Set the style of figures, use one thread, and show the map with the stations of a lesson in
-    blue: `start("04")`; without one, none is blue."""
+    blue: `start("04")`."""
     plt.rcParams.update(STYLE)
     torch.set_num_threads(1)  # models this small gain nothing from more
-    show_map([name for name, (lessons, *_) in MAP.items() if lesson and lesson in lessons])
+    show_map([name for name, (lessons, *_) in MAP.items() if lesson in lessons])
     if get_ipython():  # now, since the first figure sets the formats of a notebook
         get_ipython().display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
 
@@ -76,7 +78,7 @@ def small_png(figure):
     return small.getvalue()
 
 
-def show_map(here=()):
+def show_map(here):
     """The way of a sample through the project, with the stations `here` in blue."""
     _, axis = canvas(5.9, 2.8, 2.1)
     axis.set(xlim=(-0.45, 5.45), ylim=(-0.4, 2.4))
@@ -146,12 +148,25 @@ def train(run_dir, **settings):
 
     Raises: RuntimeError with its messages if it fails.
     """
-    done = subprocess.run(command_of(run_dir, **settings), cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [", ".join(line.split(", ")[:2]) for line in lines_of(command_of(run_dir, **settings))
+            if line.startswith("step")]
+
+
+def torchrun(script, *arguments):
+    """`torchrun --nproc_per_node=2 SCRIPT ARGUMENTS`: a script in two processes, ranks 0 and 1.
+    Returns the lines that they print.
+
+    Raises: RuntimeError with their messages if one fails.
+    """
+    return lines_of([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc_per_node=2", script, *arguments])
+
+
+def lines_of(command):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return [", ".join(line.split(", ")[:2]) for line in done.stdout.splitlines()
-            if line.startswith("step")]
+    return done.stdout.splitlines()
 
 
 def slider(draw, **values):

@@ -73,6 +73,13 @@ def functions(path):
     return [(node, node in tree.body) for node in found]
 
 
+def missing_targets(text, folder):
+    """What the links and images of a Markdown text point to in vain, seen from a folder."""
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    return [target for target in targets if not target.startswith(("http", "mailto:"))
+            and not (folder / target).exists()]
+
+
 def num_lines(paths):
     return sum(len(read(path).splitlines()) for path in paths)
 
@@ -197,9 +204,8 @@ def test_ci_runs_the_command_of_the_readme():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_images_exist(path):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(path)):
-        if not target.startswith(("http", "mailto:")):
-            assert (path.parent / target).exists(), f"{path.name} points to {target}"
+    missing = missing_targets(read(path), path.parent)
+    assert not missing, f"{path.name} points to {missing}"
 
 
 @pytest.mark.slow

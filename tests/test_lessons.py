@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import ROOT, environment
 from nbclient import NotebookClient
-from test_layout import AVOIDED, CODE
+from test_layout import AVOIDED, CODE, missing_targets
 
 from nano_aimv2.data.batches import pad_patches
 from nano_aimv2.generate import caption
@@ -180,9 +180,8 @@ def test_words_of_a_lesson_are_those_that_readers_search_for(path):
 def test_links_of_a_lesson_exist(path):
     for cell in read_lesson(path).cells:
         if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", cell.source):
-                if not target.startswith("http"):
-                    assert (FOLDER / target).exists(), f"points to {target}"
+            missing = missing_targets(cell.source, FOLDER)
+            assert not missing, f"points to {missing}"
 
 
 @pytest.mark.parametrize("module", CODE, ids=lambda path: str(path.relative_to(ROOT)))
