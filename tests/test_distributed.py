@@ -170,6 +170,7 @@ distributed.torch.backends.mkldnn.is_available = lambda: True
 runtime = distributed.start("cpu", "auto")
 print(runtime.gather({"rank": runtime.rank}), runtime.dtype)
 distributed.stop()
+distributed.leave()
 """)
     expected = "[{'rank': 0}, {'rank': 1}] torch.bfloat16\n"
     assert run_ranks(script) == [(0, expected)] * 2
