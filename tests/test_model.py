@@ -1,6 +1,7 @@
 """The model against formulas, loops, the paper's sizes and itself."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -243,7 +244,9 @@ def test_captions_alone_and_images_alone_train_their_head_and_the_encoder():
     for alpha, text_weight, prefix_len, trained in (
             (0.0, 1.0, n, "text"), (0.4, 0.0, torch.tensor([3, 8, 2]), "pixel")):
         model.zero_grad()
-        losses = model(batch, prefix_len)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # M = n: not one target patch
+            losses = model(batch, prefix_len)
         counts = int(losses.image_count), int(losses.text_count)
         losses.total(alpha, *counts, text_weight).backward()
         heads = {"text": model.decoder.text_head, "pixel": model.decoder.pixel_head}

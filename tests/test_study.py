@@ -191,7 +191,7 @@ def test_the_command_writes_table_and_figure_and_ends_a_failed_run_in_one_line(
     (["objective", "--samples=20000,31"], "31 samples are not one step of 32"),
     (["objective", "--seeds=0"], "seeds=0 must be at least 1"),
     (["objective", "--data=nowhere:alt:1"], "nowhere does not exist: pack labelled images"),
-    ([], "name one study: scaling, objective, ablations, pixels"),
+    ([], "name one study: scaling, objective, settle, ablations, pixels"),
     (["objectiv"], r"must be one of .* \(did you mean objective\?\)"),
     (["scaling", "--preset=large"], "preset='large' must be one of toy, photos"),
 ])

@@ -200,11 +200,15 @@ def gain_panels(rows):
 
 
 def gain_tables(study, rows):
-    """Lines of Markdown, in points: the gain of every pair of arms, then of every attribute."""
+    """Lines of Markdown, in points: the gain of every pair of arms, then of every attribute; none
+    if the arms do not come in pairs."""
+    found = gains(study, rows)
+    if not found:
+        return []
     lines = ["", table_line("captions", "alpha", "samples", "gain from pixels, points [95%]"),
              "|---" * 4 + "|"]
-    for (case, alpha, samples), found in gains(study, rows).items():
-        lines.append(table_line(case, alpha, f"{samples:,}", points(found)))
+    lines += [table_line(case, alpha, f"{samples:,}", points(gain))
+              for (case, alpha, samples), gain in found.items()]
     by_attribute = {a: attribute_gains(rows, a, study.samples[0]) for a in ATTRIBUTES
                     if all(a in row.get("by_attribute", ()) for row in rows)}
     if any(by_attribute.values()):

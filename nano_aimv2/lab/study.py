@@ -100,6 +100,13 @@ SCALES = (8_000, 16_000, 32_000, 64_000)
 SIZES = (20_000, 60_000)
 TUNED = 30_000
 BOTH, PREFIX, FULL = "AIMv2", "caption only, prefix", "caption only, bidirectional"
+CAPTIONERS = {BOTH: {}, PREFIX: dict(alpha=0.0), FULL: dict(alpha=0.0, prefix="full")}
+ABOUT_CAPTIONERS = (
+    *at_each(SIZES, "both losses beat caption only", "probe", BOTH, PREFIX),
+    *at_each(SIZES, "both losses beat caption only, bidirectional", "probe", BOTH, FULL),
+    *at_each(SIZES, "caption only: prefix beats bidirectional", "probe", PREFIX, FULL),
+    Claim("captioning plateaus first: AIMv2 gains more from 20,000 to 60,000 samples", "probe",
+          ((BOTH, 60_000), (PREFIX, 20_000)), ((BOTH, 20_000), (PREFIX, 60_000))))
 ABLATIONS = {  # arm: (settings that differ from the baseline, claim)
     "alpha 0.1": (dict(alpha=0.1), "alpha 0.4 beats 0.1"),
     "alpha 1.6": (dict(alpha=1.6), "alpha 0.4 beats 1.6"),
@@ -125,16 +132,15 @@ STUDIES = {
                   "192 with 8,000", "caption_loss",
                   (("width 96", 16_000),), (("width 192", 8_000),)))),
     "objective": Study(
-        {BOTH: {}, PREFIX: dict(alpha=0.0), FULL: dict(alpha=0.0, prefix="full"),
-         "image only": dict(text_weight=0.0), "CLIP": dict(contrastive=True)}, SIZES, claims=(
-            *at_each(SIZES, "both losses beat caption only", "probe", BOTH, PREFIX),
-            *at_each(SIZES, "both losses beat caption only, bidirectional", "probe", BOTH, FULL),
-            *at_each(SIZES, "caption only: prefix beats bidirectional", "probe", PREFIX, FULL),
+        {**CAPTIONERS, "image only": dict(text_weight=0.0), "CLIP": dict(contrastive=True)}, SIZES,
+        claims=(
+            *ABOUT_CAPTIONERS,
             *at_each(SIZES, "caption only beats image only", "probe", PREFIX, "image only"),
             *at_each(SIZES, "AIMv2 beats CLIP", "probe", BOTH, "CLIP"),
-            Claim("captioning plateaus first: AIMv2 gains more from 20,000 to 60,000 samples",
-                  "probe", ((BOTH, 60_000), (PREFIX, 20_000)), ((BOTH, 20_000), (PREFIX, 60_000))),
             *at_each(SIZES, "the image loss helps the captions", "caption_loss", BOTH, PREFIX))),
+    "settle": Study(CAPTIONERS, SIZES, is_paired=True, claims=(  # more seeds of these three arms
+        *ABOUT_CAPTIONERS,
+        *at_each(SIZES, "the image loss helps the captions", "log_caption_loss", BOTH, PREFIX))),
     "ablations": Study(
         {"baseline": {}, **{arm: changes for arm, (changes, _) in ABLATIONS.items()}}, (TUNED,),
         claims=tuple(Claim(text, metric, (("baseline", TUNED),), ((arm, TUNED),))
@@ -350,7 +356,7 @@ def draw(study, rows, path):
     """The figure of a study: one panel per metric, means over seeds with their 95% intervals."""
     panels = {}
     for metric in study.metrics:
-        found = {cell: difference(rows, metric, [cell])
+        found = {cell: difference(rows, metric, [cell], is_paired=study.is_paired)
                  for cell in itertools.product(study.arms, study.samples)}
         panels[METRICS[metric][0]] = {cell: value for cell, value in found.items() if value}
     flops = None
@@ -402,7 +408,7 @@ def main(argv):
     text = tables(study, rows)
     write_text(f"{out}.md", text)
     figure = f"{out}.png"
-    if study.is_paired:  # one figure of both presets, from all rows that there are
+    if options.name[0] == "pixels":  # one figure of both presets, from all rows that there are
         figure = f"{options.out}/{options.name[0]}.png"
         found = {p: read_rows(Path(f"{options.out}/{p}-{options.name[0]}.jsonl")) for p in BASES}
         gain_page(pixels.gain_panels(found), figure)
