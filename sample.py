@@ -27,7 +27,7 @@ from nano_aimv2.training.distributed import choose_device
 # Flags of one kind of output exclude those of the others.
 OUTPUTS = ({"prompt", "temperature", "top_k", "top_p", "max_tokens"}, {"choices"},
            {"complete", "num_samples"})
-TRAINED = Path(__file__).parent / "lessons/models/toy"
+TRAINED = Path(__file__).resolve().parent / "lessons/models/toy"
 
 
 @dataclass
@@ -78,7 +78,7 @@ def main(argv):
         out = options.out or results / "samples.png"
         with tempfile.TemporaryDirectory() as scenes:
             data = ""
-            if folder == TRAINED:
+            if folder.resolve() == TRAINED:
                 data = f"{scenes}/toy:synthetic:1"
                 make_scenes(f"{scenes}/toy", train=1, val=4, novel=4)
             samples = held_out_samples(folder, device=device, data=data)

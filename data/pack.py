@@ -26,14 +26,15 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image
@@ -333,9 +334,9 @@ def in_parallel(pool, function, samples):
         block.append(sample)
         size += len(sample.image)
         if len(block) == IN_FLIGHT[0] or size >= IN_FLIGHT[1]:
-            yield from pool.imap(function, block, chunksize=16)
+            yield from pool.map(function, block, chunksize=16)
             block, size = [], 0
-    yield from pool.imap(function, block, chunksize=16)
+    yield from pool.map(function, block, chunksize=16)
 
 
 def write_shards(folder, samples, val, samples_per_shard, skipped):
@@ -387,7 +388,8 @@ def pack(source, out, captions="", size=0, val=0.05, samples_per_shard=5000):
         raise ValueError(f"{out} exists: choose another --out, or delete it first")
     files, skipped = open_source(source), []
     with replacing(out) as temporary:
-        with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        # An executor, not a Pool: that would wait for ever for a worker that is killed
+        with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
             samples = in_parallel(pool, partial(prepare, size=size),
                                   read_samples(files, captions, skipped))
             samples = tqdm(samples, total=sum(map(is_image, files.names)), unit="image",

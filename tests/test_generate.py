@@ -233,7 +233,7 @@ def test_sample_draws_as_many_continuations_as_asked_for_even_from_one_patch(tra
 
 
 @pytest.mark.slow
-def test_before_any_training_sample_takes_the_model_of_the_lessons(tmp_path):
+def test_before_any_training_sample_takes_the_model_of_the_lessons(tmp_path, monkeypatch, capsys):
     """In a folder without runs/toy, where nothing is written but the page that was asked for."""
     out = run_script(ROOT / "sample.py", "--device=cpu", cwd=tmp_path).stdout
     assert out.startswith("runs/toy does not exist yet (train it: python train.py): this is the "
@@ -244,6 +244,10 @@ def test_before_any_training_sample_takes_the_model_of_the_lessons(tmp_path):
         assert min(page.size) > 800
     asked = run_script(ROOT / "sample.py", "--run_dir=runs/toy", cwd=tmp_path, check=False)
     assert "runs/toy has no config.json" in asked.stderr, asked.stderr
+    monkeypatch.chdir(ROOT)  # and by its name, without data/scenes
+    sample.main(["--run_dir=lessons/models/toy", "--device=cpu", f"--out={tmp_path}/page"])
+    assert capsys.readouterr().out == f"written: {tmp_path}/page\n"
+    assert (tmp_path / "page").stat().st_size > 10_000
 
 
 def test_sample_reads_the_other_still_formats_and_never_an_eps(trained, tmp_path, capsys):

@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import os
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
 import pytest
 from damage import damaged
@@ -225,7 +229,7 @@ def test_what_is_in_memory_is_bounded_by_bytes_and_by_number(monkeypatch):
     sizes = []
 
     class Pool:
-        def imap(self, function, block, chunksize):
+        def map(self, function, block, chunksize):
             sizes.append(len(block))
             return map(function, block)
 
@@ -242,6 +246,17 @@ def test_what_is_in_memory_is_bounded_by_bytes_and_by_number(monkeypatch):
 
 def len_of(sample):
     return len(sample.image)
+
+
+def test_a_worker_that_is_killed_ends_the_run_instead_of_hanging_it(tmp_path):
+    zip_of_images(tmp_path / "p.zip", "ab")
+    samples = list(read_samples(open_source(tmp_path / "p.zip"), "", []))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.raises(BrokenProcessPool):
+        list(in_parallel(pool, killed, samples))
+
+
+def killed(sample):
+    os._exit(9)
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(photos, tmp_path):

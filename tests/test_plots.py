@@ -49,6 +49,9 @@ def test_a_written_figure_has_the_style_and_leaves_the_settings_of_others(tmp_pa
     assert dict(matplotlib.rcParams) == before and not plt.get_fignums()
     assert plt.imread(tmp_path / "empty.png").shape[:2] == (220, 990)
     assert figure.get_size_inches().tolist() == [plots.WIDTH, 2]
+    with plots.new_figure(tmp_path / "without_format", 1):
+        pass
+    assert plt.imread(tmp_path / "without_format", "png").shape[:2] == (110, 990)
 
 
 def test_smoothing_a_constant_gives_the_constant():

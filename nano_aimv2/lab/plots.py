@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -31,11 +32,13 @@ BLUE, ORANGE, GREY, GREEN, RED = "#2b6cb0", "#dd6b20", "#718096", "#2f855a", "#c
 
 @contextlib.contextmanager
 def new_figure(path, height, width=WIDTH):
-    """A figure in the project's style, in inches; written to `path` when the block ends."""
+    """A figure in the project's style, in inches; written to `path` when the block ends, as a PNG
+    if the name does not say another format."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        figure.savefig(path)
+        has_no_format = isinstance(path, str | Path) and not Path(path).suffix
+        figure.savefig(path, format="png" if has_no_format else None)  # else it renames the file
 
 
 def smooth(values, weight=0.9):
