@@ -234,6 +234,6 @@ def test_the_committed_tables_follow_from_the_rows_and_the_rows_belong_to_the_st
         found = study.metrics.read_metrics(path.with_suffix(".jsonl"))
         text, arms = path.read_text(encoding="utf-8"), study.study_of(name, preset)
         assert study.tables(arms, found) == text, path
-        jobs = study.jobs_of(arms, study.BASES[preset], 8, "runs", "cpu", ())
+        jobs = study.jobs_of(arms, study.BASES[preset], 12, "runs", "cpu", ())
         keys = {study.run_key(**vars(job)) for job in jobs}
         assert {study.run_key(**row) for row in found} <= keys, f"{path}: would be trained again"
