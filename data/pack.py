@@ -388,7 +388,7 @@ def pack(source, out, captions="", size=0, val=0.05, samples_per_shard=5000):
         raise ValueError(f"{out} exists: choose another --out, or delete it first")
     files, skipped = open_source(source), []
     with replacing(out) as temporary:
-        # An executor, not a Pool: that would wait for ever for a worker that is killed
+        # An executor, not a Pool: that would wait forever for a worker that is killed
         with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
             samples = in_parallel(pool, partial(prepare, size=size),
                                   read_samples(files, captions, skipped))

@@ -237,3 +237,14 @@ def test_the_committed_tables_follow_from_the_rows_and_the_rows_belong_to_the_st
         jobs = study.jobs_of(arms, study.BASES[preset], 12, "runs", "cpu", ())
         keys = {study.run_key(**vars(job)) for job in jobs}
         assert {study.run_key(**row) for row in found} <= keys, f"{path}: would be trained again"
+
+
+@pytest.mark.parametrize("preset", study.BASES)
+def test_the_first_seeds_of_settle_are_the_rows_of_the_objective(preset):
+    folder = study.ROOT / "lessons/studies"
+    objective, settle = ({study.run_key(**row): row for row in study.read_rows(path)}
+                         for path in (folder / f"{preset}-objective.jsonl",
+                                      folder / f"{preset}-settle.jsonl"))
+    shared = objective.keys() & settle.keys()
+    assert len(shared) == 3 * 3 * 2, "three seeds of three arms with two numbers of samples"
+    assert all(objective[key] == settle[key] for key in shared)

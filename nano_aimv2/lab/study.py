@@ -332,8 +332,7 @@ def tables(study, rows):
             seconds = fmean(row["seconds"] for row in mine)
             lines.append(table_line(arm, f"{samples:,}", len(mine), *values,
                                     f"{mine[0]['parameters'] / 1e6:.2f}M", f"{seconds:.0f} s"))
-    if study.is_paired:
-        lines += pixels.gain_tables(study, rows)
+    lines += pixels.gain_tables(study, rows)
     lines += ["", table_line("claim", "in", "difference [95%]", "verdict"), "|---" * 4 + "|"]
     for claim in study.claims:
         found = judge(claim, rows, study.is_paired)
